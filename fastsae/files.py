@@ -1,0 +1,73 @@
+"""Files that are whole or absent, and folders that belong to one run."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastsae.errors import FastSAEError
+
+RUN_FILE = "run.json"
+
+
+def _replace(path: Path, write: Any) -> None:
+    """write(temporary path) beside `path`, then rename: a reader sees the old file or the new one, never a half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise FastSAEError(f"could not write {path}: {error.strerror or error}; free some space or choose another folder") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes text as UTF-8, atomically."""
+    _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes value as indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_torch(path: Path, value: Any) -> None:
+    """torch.save, atomically."""
+
+    def save(temporary: Path) -> None:
+        try:
+            torch.save(value, temporary)
+        except RuntimeError as error:  # torch's zip writer reports a full disk as RuntimeError
+            raise OSError(str(error).splitlines()[0]) from error
+
+    _replace(path, save)
+
+
+def claim_folder(folder: Path, kind: str, config: dict, resume: bool) -> None:
+    """Marks `folder` as this run's. An empty or new folder is free; one with the same configuration may be resumed.
+
+    Raises FastSAEError if it holds something else, another run, or the same run without resume=True.
+    """
+    marker = folder / RUN_FILE
+    wanted = json.loads(json.dumps({"kind": kind, **config}, default=str))
+    if marker.exists():
+        there = json.loads(marker.read_text(encoding="utf-8"))
+        if there != wanted:
+            raise FastSAEError(f"{folder} holds another run ({_difference(there, wanted)}); choose another folder or remove it")
+        if not resume:
+            raise FastSAEError(f"{folder} holds this run already; resume it (--resume), choose another folder or remove it")
+        return
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FastSAEError(f"{folder} is not an empty folder and not a run of fastsae; choose another one")
+    write_json(marker, wanted)
+
+
+def _difference(there: Any, wanted: Any, at: str = "") -> str:
+    if isinstance(there, dict) and isinstance(wanted, dict):
+        for key in [*there, *wanted]:
+            if there.get(key) != wanted.get(key):
+                return _difference(there.get(key), wanted.get(key), f"{at}.{key}" if at else key)
+    return f"{at}: {there!r} there, {wanted!r} asked for"
