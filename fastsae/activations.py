@@ -1,0 +1,140 @@
+"""The activation rules: which latents are active, and what the loss asks for beside reconstruction.
+
+Units. Every loss term is a mean over rows (tokens) of a sum, in the units of the normalised input:
+
+    mse      = mean_n Σ_d (x̂[n, d] − x[n, d])²          a sum over the width D, not a mean
+    sparsity = l1_coefficient · mean_n Σ_f f[n, f]        (l1_weighting="plain")
+    sparsity = l1_coefficient · mean_n Σ_f f[n, f]·‖d_f‖  (l1_weighting="decoder_norm"; the same if rows are unit norm)
+    aux      = aux_coefficient · mean_n Σ_d (ê[n, d] − e[n, d])², e = x − x̂ detached, ê from dead latents only
+    loss     = mse + sparsity + aux
+
+Because mse grows with the square of the data's scale and L1 linearly, scaling x by s needs a coefficient scaled by s.
+What a coefficient of another source is called here, at width D, for the same data:
+
+    source                                                its loss                              l1_coefficient here
+    Towards Monosemanticity (2023)                        mean_d error² + λ Σ f                 λ · D  (0.004 · 512 = 2.05)
+    April 2024 update, E‖x‖² = D                          Σ_d error² + λ Σ f‖d‖                 λ      (5)
+    SAELens "standard", v4 and later                      Σ_d error² + λ Σ f‖d‖                 λ
+    dictionary_learning StandardTrainer                   Σ_d error² + λ Σ f                    λ
+    dictionary_learning StandardTrainerAprilUpdate        Σ_d error² + λ Σ f‖d‖                 λ
+    loss means over both width and dictionary             mean_d error² + λ mean_f f            λ · D / F
+    nn.MSELoss (means over rows and width) + λ·f.sum(-1)  mean_d error² + λ Σ f                 λ · D
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastsae import ops
+from fastsae.codes import SparseCode
+
+if TYPE_CHECKING:
+    from fastsae.sae import SAE
+
+
+class Parts(NamedTuple):
+    """What a rule makes of rows [N, D]: all in the SAE's units, every scalar ready to be added up.
+
+    x_hat [N, D]; sparsity and aux scalars; code None where it was too dense; l0 [N]; fired [F] bool.
+    """
+
+    x_hat: Tensor
+    sparsity: Tensor
+    aux: Tensor
+    code: SparseCode | None
+    l0: Tensor
+    fired: Tensor
+
+
+def mean_rows(per_row: Tensor) -> Tensor:
+    """Mean over rows in fp32; 0 for no rows."""
+    return per_row.float().sum() / max(per_row.shape[0], 1)
+
+
+class ReLU:
+    """Every positive pre-activation, with an L1 penalty."""
+
+    @staticmethod
+    def encode(sae: SAE, rows: Tensor) -> SparseCode | None:
+        return ops.encode_relu(rows, sae.encoder.weight, sae.encoder.bias, sae.cfg.max_active, sae.centre)
+
+    @staticmethod
+    def encode_dense(sae: SAE, rows: Tensor) -> Tensor:
+        return ops.pre_activations(rows, sae.encoder.weight, sae.encoder.bias, sae.centre).relu()
+
+    @staticmethod
+    def reconstruct(sae: SAE, rows: Tensor) -> Tensor:
+        code = ReLU.encode(sae, rows)
+        if code is not None:
+            return decode_rows(sae, code)
+        return ops.relu_dense(rows, sae.encoder.weight, sae.encoder.bias, sae.W_dec, False, sae.centre)[0] + sae.b_dec
+
+    @staticmethod
+    def parts(sae: SAE, rows: Tensor, wanted: Tensor) -> Parts:
+        weighted = sae.cfg.l1_weighting == "decoder_norm"
+        code = ReLU.encode(sae, rows)
+        if code is None:
+            dense = ops.relu_dense(rows, sae.encoder.weight, sae.encoder.bias, sae.W_dec, weighted, sae.centre)
+            x_hat, l1, l0, fired = dense
+        elif weighted:
+            x_hat, l1 = ops.decode_with_l1(code, sae.W_dec)
+            l0, fired = code.l0(), code.fired()
+        else:
+            x_hat, l1 = ops.decode(code, sae.W_dec, sae.cfg.backend), code.values.sum(-1)
+            l0, fired = code.l0(), code.fired()
+        sparsity = sae.cfg.l1_coefficient * mean_rows(l1)
+        return Parts(x_hat + sae.b_dec, sparsity, torch.zeros_like(sparsity), code, l0, fired)
+
+
+class TopK:
+    """The k largest pre-activations, of equal ones the lower features; AuxK keeps dead latents in reach."""
+
+    @staticmethod
+    def encode(sae: SAE, rows: Tensor) -> SparseCode:
+        return ops.encode_topk(rows, sae.encoder.weight, sae.encoder.bias, sae.cfg.k, sae.centre)
+
+    @staticmethod
+    def encode_dense(sae: SAE, rows: Tensor) -> Tensor:
+        return TopK.encode(sae, rows).to_dense()
+
+    @staticmethod
+    def reconstruct(sae: SAE, rows: Tensor) -> Tensor:
+        return decode_rows(sae, TopK.encode(sae, rows))
+
+    @staticmethod
+    def parts(sae: SAE, rows: Tensor, wanted: Tensor) -> Parts:
+        code = TopK.encode(sae, rows)
+        x_hat = ops.decode(code, sae.W_dec, sae.cfg.backend) + sae.b_dec
+        aux = TopK.aux(sae, rows, (wanted - x_hat).detach())
+        return Parts(x_hat, torch.zeros_like(aux), aux, code, code.l0(), code.fired())
+
+    @staticmethod
+    def aux(sae: SAE, rows: Tensor, residual: Tensor) -> Tensor:
+        """aux_coefficient · mean_n ‖ê − e‖²: the residual e rebuilt by the k_aux best dead latents, b_dec left out.
+
+        "Scaling and evaluating sparse autoencoders" (2024), §A.2, in the units of the mse. 0 without dead latents, and
+        outside of training mode, where it has no use.
+        """
+        cfg = sae.cfg
+        zero = torch.zeros((), device=rows.device)
+        if cfg.aux_coefficient == 0 or not sae.training:
+            return zero
+        dead = (sae.tokens_since_fired >= cfg.dead_after_tokens).nonzero().squeeze(1)
+        if dead.numel() == 0:
+            return zero
+        k = min(cfg.aux_active, dead.numel())
+        code = ops.encode_topk(rows, sae.encoder.weight, sae.encoder.bias, k, sae.centre, subset=dead)
+        error = ops.decode(code, sae.W_dec, cfg.backend) - residual
+        return cfg.aux_coefficient * mean_rows(error.float().square().sum(-1))
+
+
+def decode_rows(sae: SAE, code: SparseCode) -> Tensor:
+    """x̂ [N, D] in the SAE's units."""
+    return ops.decode(code, sae.W_dec, sae.cfg.backend) + sae.b_dec
+
+
+RULES: dict[str, type[ReLU] | type[TopK]] = {"relu": ReLU, "topk": TopK}
+AVAILABLE = tuple(RULES)

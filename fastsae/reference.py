@@ -1,0 +1,47 @@
+"""The truth: each op of `ops` in plain, dense, readable torch. Slow; tests and the bench compare against it.
+
+Axes: N tokens, K active latents per token, F dictionary size, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastsae.codes import SparseCode
+
+
+def pre_activations(x: Tensor, weight: Tensor, bias: Tensor, centre: Tensor | None = None) -> Tensor:
+    """pre = (x − centre) · weightᵀ + bias: [N, F], from x [N, D], weight [F, D], bias [F] and centre [D]."""
+    if centre is not None:
+        x = x - centre
+    return x @ weight.T + bias
+
+
+def topk_mask(pre: Tensor, k: int) -> Tensor:
+    """[N, F] bool: the k largest entries of each row that are positive; of equal ones the lower features."""
+    order = pre.argsort(dim=-1, descending=True, stable=True)[:, :k]
+    chosen = torch.zeros_like(pre, dtype=torch.bool).scatter_(1, order, True)
+    return chosen & (pre > 0)
+
+
+def encode_topk(x: Tensor, weight: Tensor, bias: Tensor, k: int, centre: Tensor | None = None) -> Tensor:
+    """ReLU of the k largest pre-activations of each row, zero elsewhere: dense [N, F]."""
+    pre = pre_activations(x, weight, bias, centre)
+    return torch.where(topk_mask(pre.detach(), k), pre, torch.zeros_like(pre))
+
+
+def encode_relu(x: Tensor, weight: Tensor, bias: Tensor, centre: Tensor | None = None) -> Tensor:
+    """max(pre, 0): dense [N, F]."""
+    return pre_activations(x, weight, bias, centre).relu()
+
+
+def decode(code: SparseCode | Tensor, w_dec: Tensor) -> Tensor:
+    """out = f · w_dec: [N, D], from f [N, F] (or its SparseCode) and w_dec [F, D]."""
+    dense = code.to_dense().reshape(-1, code.d_sae) if isinstance(code, SparseCode) else code
+    return dense @ w_dec
+
+
+def l1(f: Tensor, w_dec: Tensor | None = None) -> Tensor:
+    """Σ_f f[n, f] per row, or Σ_f f[n, f] · ‖w_dec[f]‖₂ when w_dec [F, D] is given: [N]."""
+    return (f if w_dec is None else f * w_dec.norm(dim=1)).sum(-1)

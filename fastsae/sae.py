@@ -1,0 +1,344 @@
+"""SAE, its configuration and what its loss returns.
+
+Axes: N tokens (all leading axes of x together), K active latents per token, F dictionary size (`d_sae`), D width
+(`d_in`). x̂ = f · W_dec + b_dec with f = ReLU(select((x − b_dec) · W_encᵀ + b_enc)).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from fastsae import activations, ops
+from fastsae.codes import SparseCode
+from fastsae.errors import ConfigError, DataError, TooDenseError
+
+Activation = Literal["relu", "topk", "batchtopk", "jumprelu", "gated", "matryoshka"]
+Backend = Literal["auto", "triton", "torch"]
+DType = Literal["float32", "bfloat16", "float16", "float64"]
+
+
+def _one_of(name: str, value: Any, choices: Any) -> None:
+    if value not in get_args(choices):
+        raise ConfigError(f"{name} must be one of {', '.join(map(repr, get_args(choices)))}, got {value!r}")
+
+
+def _number(name: str, value: Any, low: float, *, whole: bool = False, high: float = float("inf")) -> None:
+    kind = "a whole number" if whole else "a number"
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not low <= value <= high:
+        span = f"≥ {low:g}" if high == float("inf") else f"in [{low:g}, {high:g}]"
+        raise ConfigError(f"{name} must be {kind} {span}, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SAEConfig:
+    """Everything that fixes an SAE but its weights. Units of the coefficients: see `fastsae.activations`."""
+
+    d_in: int
+    """D, the width of the activations."""
+    d_sae: int
+    """F, the number of latents."""
+    activation: Activation = "topk"
+    """Selection rule; every rule is followed by ReLU. This version has relu and topk."""
+    k: int = 32
+    """topk: latents kept per token."""
+    l1_coefficient: float = 5.0
+    """relu: weight of Σ f (per token, a sum) against Σ_d error² (a sum). 5 suits data with E‖x‖² = D."""
+    l1_weighting: Literal["decoder_norm", "plain"] = "decoder_norm"
+    """relu: whether Σ f weighs each latent with the norm of its decoder row, which closes the way to a smaller
+    penalty by shrinking f and growing the row. The two agree while rows have unit norm."""
+    aux_coefficient: float = 1 / 32
+    """topk: weight of the error that dead latents leave of the residual. 0 turns AuxK off."""
+    k_aux: int | None = None
+    """topk: dead latents used per token for AuxK; None means d_in // 2."""
+    dead_after_tokens: int = 10_000_000
+    """A latent is dead when it has not fired on this many training tokens."""
+    apply_b_dec_to_input: bool = True
+    """Whether the encoder sees x − b_dec or x."""
+    max_l0: int | None = None
+    """relu: the most active latents a token may have before the batch takes the dense path, which is exact, slower
+    and has no SparseCode. None means max(d_sae // 8, min(d_sae, 256))."""
+    decoder_norm: Literal["unit", "free"] = "unit"
+    """What the trainer keeps W_dec's rows at after each step. `loss` itself constrains nothing."""
+    init_decoder_norm: float = 1.0
+    """Norm of W_dec's rows at the start."""
+    init_encoder: Literal["tied", "random"] = "tied"
+    """tied: encoder rows start as the decoder rows. random: other directions of the same norm."""
+    dtype: DType = "float32"
+    backend: Backend = "auto"
+    """auto: kernels where the tensors are on a CUDA device and Triton is there, torch otherwise."""
+    seed: int = 0
+    """Of the initial weights. The global random state is neither read nor changed."""
+
+    def __post_init__(self) -> None:
+        _number("d_in", self.d_in, 1, whole=True)
+        _number("d_sae", self.d_sae, 1, whole=True)
+        _one_of("activation", self.activation, Activation)
+        if self.activation not in activations.AVAILABLE:
+            raise ConfigError(
+                f"activation={self.activation!r} is not available in this version of fastsae, which has "
+                f"{' and '.join(activations.AVAILABLE)}; choose one of these"
+            )
+        _number("k", self.k, 1, whole=True)
+        if self.activation == "topk" and self.k > self.d_sae:
+            raise ConfigError(f"k must be at most d_sae = {self.d_sae}, got {self.k}; lower k or widen the dictionary")
+        _number("l1_coefficient", self.l1_coefficient, 0)
+        _one_of("l1_weighting", self.l1_weighting, Literal["decoder_norm", "plain"])
+        _number("aux_coefficient", self.aux_coefficient, 0)
+        if self.k_aux is not None:
+            _number("k_aux", self.k_aux, 1, whole=True)
+        _number("dead_after_tokens", self.dead_after_tokens, 1, whole=True)
+        if self.max_l0 is not None:
+            _number("max_l0", self.max_l0, 1, whole=True)
+        _one_of("decoder_norm", self.decoder_norm, Literal["unit", "free"])
+        _number("init_decoder_norm", self.init_decoder_norm, 1e-6)
+        if self.decoder_norm == "unit" and self.init_decoder_norm != 1:
+            raise ConfigError(
+                f"decoder_norm='unit' starts at norm 1, got init_decoder_norm={self.init_decoder_norm}; "
+                "set decoder_norm='free' to start elsewhere"
+            )
+        _one_of("init_encoder", self.init_encoder, Literal["tied", "random"])
+        _one_of("dtype", self.dtype, DType)
+        _one_of("backend", self.backend, Backend)
+        _number("seed", self.seed, 0, whole=True)
+
+    @property
+    def max_active(self) -> int:
+        """max_l0 with its default filled in."""
+        return self.max_l0 if self.max_l0 is not None else max(self.d_sae // 8, min(self.d_sae, 256))
+
+    @property
+    def aux_active(self) -> int:
+        """k_aux with its default filled in."""
+        return min(self.k_aux if self.k_aux is not None else max(self.d_in // 2, 1), self.d_sae)
+
+
+@dataclass(frozen=True, eq=False)
+class LossOutput:
+    """What `SAE.loss` returns. Scalars are fp32; units: `fastsae.activations`.
+
+    loss = mse + sparsity + aux, to call backward on; the three parts carry gradients too. x_hat: x's shape, in the
+    units of x; rows left out by a mask are 0. code: the SparseCode of the rows that were not left out, or None where a
+    ReLU code was denser than `max_l0`. l0: active latents per row. fve: 1 − Σ‖x − x̂‖² / Σ‖x − mean(x)‖². l0 and fve
+    carry no gradient.
+    """
+
+    loss: Tensor
+    mse: Tensor
+    sparsity: Tensor
+    aux: Tensor
+    x_hat: Tensor
+    code: SparseCode | None
+    l0: Tensor
+    fve: Tensor
+
+
+class SAE(nn.Module):
+    """A sparse autoencoder: `SAE(config)` or `SAE(d_in=…, d_sae=…, activation=…, …)`.
+
+    Parameters: encoder.weight [F, D], encoder.bias [F], W_dec [F, D], b_dec [D]. Buffers: input_mean [D] and
+    input_scale [] (identity unless set), tokens_since_fired [F] int64.
+    Raises ConfigError for fields that cannot be meant, DataError for input of another width.
+    """
+
+    tokens_since_fired: Tensor
+    input_mean: Tensor
+    input_scale: Tensor
+
+    def __init__(self, config: SAEConfig | None = None, *, device: torch.device | str | None = None, **fields: Any):
+        super().__init__()
+        if config is None:
+            known = {field.name for field in dataclasses.fields(SAEConfig)}
+            unknown = sorted(set(fields) - known)
+            if unknown:
+                raise ConfigError(f"SAE has no option {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+            missing = sorted({"d_in", "d_sae"} - set(fields))
+            if missing:
+                raise ConfigError(f"SAE needs {' and '.join(missing)}, e.g. SAE(d_in=512, d_sae=16384)")
+            config = SAEConfig(**fields)
+        elif not isinstance(config, SAEConfig):
+            raise ConfigError(f"SAE takes an SAEConfig, got {type(config).__name__}; or fields by keyword, d_in=…")
+        elif fields:
+            raise ConfigError(f"SAE takes an SAEConfig or fields, got both (fields: {', '.join(sorted(fields))})")
+        self.cfg = config
+        D, F = config.d_in, config.d_sae
+        device = torch.get_default_device() if device is None else device
+        factory: dict[str, Any] = {"device": device, "dtype": getattr(torch, config.dtype)}
+        self.encoder = nn.utils.skip_init(nn.Linear, D, F, **factory)
+        self.W_dec = nn.Parameter(torch.empty(F, D, **factory))
+        self.b_dec = nn.Parameter(torch.empty(D, **factory))
+        self.register_buffer("input_mean", torch.zeros(D, **factory))
+        self.register_buffer("input_scale", torch.ones((), **factory))
+        self.register_buffer("tokens_since_fired", torch.zeros(F, dtype=torch.int64, device=device))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Decoder rows: random directions of norm init_decoder_norm. Encoder: as cfg.init_encoder. Biases: 0."""
+        generator = torch.Generator().manual_seed(self.cfg.seed)
+        self.W_dec.copy_(self._directions(generator))
+        self.encoder.weight.copy_(self.W_dec if self.cfg.init_encoder == "tied" else self._directions(generator))
+        self.encoder.bias.zero_()
+        self.b_dec.zero_()
+        self.tokens_since_fired.zero_()
+
+    def _directions(self, generator: torch.Generator) -> Tensor:
+        rows = torch.randn(self.cfg.d_sae, self.cfg.d_in, generator=generator)
+        return rows.mul_(self.cfg.init_decoder_norm / rows.norm(dim=1, keepdim=True))
+
+    # --- names that other libraries use -------------------------------------------------------------------------
+
+    @property
+    def W_enc(self) -> Tensor:
+        """[D, F], a view of encoder.weight."""
+        return self.encoder.weight.T
+
+    @property
+    def b_enc(self) -> Tensor:
+        """[F], encoder.bias."""
+        return self.encoder.bias
+
+    @property
+    def device(self) -> torch.device:
+        return self.W_dec.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.W_dec.dtype
+
+    # --- input and its normalisation ----------------------------------------------------------------------------
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """x [..., D] in the SAE's dtype, flattened to [N, D] and normalised."""
+        if x.ndim < 1 or x.shape[-1] != self.cfg.d_in:
+            raise DataError(f"expected activations [..., {self.cfg.d_in}], got shape {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise DataError(f"expected floating-point activations, got {x.dtype}; convert them first")
+        if x.device != self.device:
+            raise DataError(f"the SAE is on {self.device} and x on {x.device}; move one with .to()")
+        rows = x.reshape(-1, self.cfg.d_in).to(self.dtype)
+        return (rows - self.input_mean) * self.input_scale
+
+    def _restore(self, rows: Tensor) -> Tensor:
+        """Undo the normalisation of _rows: [N, D] in the units of x."""
+        return rows / self.input_scale + self.input_mean
+
+    @property
+    def _rule(self) -> type[activations.ReLU] | type[activations.TopK]:
+        return activations.RULES[self.cfg.activation]
+
+    @property
+    def centre(self) -> Tensor | None:
+        """b_dec if the encoder subtracts it from its input, else None."""
+        return self.b_dec if self.cfg.apply_b_dec_to_input else None
+
+    # --- the autoencoder ----------------------------------------------------------------------------------------
+
+    def encode_sparse(self, x: Tensor) -> SparseCode:
+        """The active latents of x [..., D]. Differentiable in `values`.
+
+        Raises TooDenseError where a ReLU code has a row of more than `cfg.max_active` active latents.
+        """
+        code = self._rule.encode(self, self._rows(x))
+        if code is None:
+            raise TooDenseError(
+                f"a token has more than max_l0={self.cfg.max_active} active latents of {self.cfg.d_sae}, too many for a "
+                "SparseCode; use encode(x), or raise max_l0 in the SAEConfig"
+            )
+        return dataclasses.replace(code, batch_shape=tuple(x.shape[:-1]))
+
+    def encode(self, x: Tensor) -> Tensor:
+        """All latents of x [..., D], dense: [..., F]. For tools that need it; the library itself never calls it."""
+        return self._rule.encode_dense(self, self._rows(x)).reshape(*x.shape[:-1], self.cfg.d_sae)
+
+    def decode(self, f: Tensor | SparseCode) -> Tensor:
+        """x̂ [..., D] in the units of x, from latents [..., F] or a SparseCode."""
+        F = f.d_sae if isinstance(f, SparseCode) else (f.shape[-1] if f.ndim else 0)
+        if F != self.cfg.d_sae:
+            raise DataError(f"expected latents [..., {self.cfg.d_sae}], got a last axis of {F}")
+        if isinstance(f, SparseCode):
+            rows = ops.decode(f, self.W_dec, backend=self.cfg.backend)
+        else:
+            rows = f.reshape(-1, F).to(self.dtype) @ self.W_dec
+        return self._restore(rows + self.b_dec).reshape(*f.shape[:-1], self.cfg.d_in)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x̂ [..., D] in x's units and dtype, through the sparse path."""
+        x_hat = self._rule.reconstruct(self, self._rows(x))
+        return self._restore(x_hat).reshape(x.shape).to(x.dtype)
+
+    def loss(self, x: Tensor, target: Tensor | None = None, mask: Tensor | None = None) -> LossOutput:
+        """Reconstruction error of x [..., D] (or of a target of the same shape: a transcoder) plus penalties.
+
+        mask: bool, x.shape[:-1]; False leaves a row out of everything (padding, BOS, attention sinks).
+        In training mode it also counts, per latent, the tokens since it last fired (`tokens_since_fired`).
+        Raises DataError for shapes that disagree, and when the loss is not finite.
+        """
+        rows = self._rows(x)
+        wanted = rows if target is None else self._target(x, target)
+        keep = None if mask is None else self._kept(x, mask)
+        if keep is not None:
+            rows, wanted = rows[keep], wanted[keep]
+        shape = tuple(x.shape[:-1]) if keep is None else (rows.shape[0],)
+        parts = self._rule.parts(self, rows, wanted)
+        if self.training:
+            self._count_fired(parts.fired, rows.shape[0])
+        mse, fve = _error(parts.x_hat, wanted)
+        loss = mse + parts.sparsity + parts.aux
+        if not torch.isfinite(loss):
+            self._explain_not_finite(rows, wanted)
+        x_hat = self._restore(parts.x_hat)
+        if keep is not None:
+            x_hat = x_hat.new_zeros(x.numel() // self.cfg.d_in, self.cfg.d_in).index_put((keep,), x_hat)
+        code = None if parts.code is None else dataclasses.replace(parts.code, batch_shape=shape)
+        l0 = activations.mean_rows(parts.l0)
+        return LossOutput(
+            loss, mse, parts.sparsity, parts.aux, x_hat.reshape(x.shape).to(x.dtype), code, l0, fve
+        )
+
+    def _target(self, x: Tensor, target: Tensor) -> Tensor:
+        if target.shape != x.shape:
+            raise DataError(f"target must have x's shape {tuple(x.shape)}, got {tuple(target.shape)}")
+        return self._rows(target)
+
+    def _kept(self, x: Tensor, mask: Tensor) -> Tensor:
+        if mask.shape != x.shape[:-1] or mask.dtype != torch.bool:
+            raise DataError(
+                f"mask must be bool of shape {tuple(x.shape[:-1])}, got {mask.dtype} {tuple(mask.shape)}; "
+                "True keeps a row"
+            )
+        return mask.reshape(-1).nonzero().squeeze(1)
+
+    @torch.no_grad()
+    def _count_fired(self, fired: Tensor, tokens: int) -> None:
+        self.tokens_since_fired.add_(tokens).masked_fill_(fired, 0)
+
+    def _explain_not_finite(self, rows: Tensor, wanted: Tensor) -> None:
+        bad = [name for name, p in self.named_parameters() if not torch.isfinite(p).all()]
+        if bad:
+            raise DataError(f"the loss is not finite because of {', '.join(bad)}; lower the learning rate or clip")
+        broken = ~(torch.isfinite(rows).all(-1) & torch.isfinite(wanted).all(-1))
+        count = int(broken.sum())
+        if count:
+            raise DataError(f"{count} of {rows.shape[0]} activation rows hold NaN or infinity; mask or drop them")
+        raise DataError(f"the loss overflows {self.dtype}; scale the activations (set_input_normalisation)")
+
+    def extra_repr(self) -> str:
+        cfg = self.cfg
+        size = f"k={cfg.k}" if cfg.activation == "topk" else f"l1_coefficient={cfg.l1_coefficient}"
+        return f"d_in={cfg.d_in}, d_sae={cfg.d_sae}, activation={cfg.activation!r}, {size}"
+
+
+def _error(x_hat: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """mse: mean over rows of the squared error summed over D. fve: 1 − error / variance about the rows' mean."""
+    error = (x_hat.float() - wanted.float()).square().sum(-1)
+    mse = activations.mean_rows(error)
+    with torch.no_grad():
+        centred = wanted.float() - wanted.float().mean(0)
+        total = centred.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
+        fve = 1 - error.sum() / total
+    return mse, fve
