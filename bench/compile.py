@@ -1,0 +1,144 @@
+"""Compiles every kernel, as it is shipped, for every GPU it is meant for, on a machine without one.
+
+Triton's own compiler and assembler do that; the assembler's report tells registers, stack and shared memory. A
+kernel that spills has a stack; one that needs more shared memory than a chip has cannot be launched there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Shared memory that one program may use, in bytes, by compute capability: CUDA C++ Programming Guide, table of
+# technical specifications ("maximum amount of shared memory per thread block").
+SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """A kernel with one set of argument types and constants that a launcher can give it."""
+
+    op: str
+    variant: str
+    kernel: Any  # triton.JITFunction
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    aligned: tuple[str, ...]  # pointers and sizes that are multiples of 16 in this variant
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class Resources:
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    seconds: float
+
+    def problem(self, capability: int) -> str | None:
+        """Why this must not be shipped for that chip, or None."""
+        if self.stack_bytes:
+            return f"uses {self.stack_bytes} bytes of stack (spills)"
+        if self.shared_bytes > SHARED_LIMIT[capability]:
+            return f"needs {self.shared_bytes} bytes of shared memory, sm_{capability} has {SHARED_LIMIT[capability]}"
+        return None
+
+
+def shipped() -> Iterator[Shipped]:
+    """Every kernel in every variant that differs in code, not only in sizes."""
+    yield from _decode_variants()
+
+
+def _decode_variants() -> Iterator[Shipped]:
+    from fastsae.kernels import decode
+
+    strides = ("stride_in", "stride_vn", "stride_wf", "stride_on")
+    for dtype, has_counts, whole in itertools.product(("fp32", "bf16", "fp16"), (False, True), (False, True)):
+        pointers = {"indices_ptr": "*i32", "values_ptr": "*fp32", "counts_ptr": "*i32",
+                    "w_ptr": f"*{dtype}", "out_ptr": f"*{dtype}"}
+        yield Shipped(
+            op="decode",
+            variant=f"{dtype}{' counts' if has_counts else ''}{'' if whole else ' odd D'}",
+            kernel=decode.decode_kernel,
+            signature=pointers | dict.fromkeys(("K", "D"), "i32") | dict.fromkeys(strides, "i64"),
+            # Triton makes a constant of a stride of 1.
+            constexprs={"stride_ik": 1, "stride_vk": 1,
+                        "HAS_COUNTS": has_counts, "BLOCK_D": decode.BLOCK_D, "UNROLL": decode.UNROLL},
+            aligned=(*pointers, *(("D", "stride_wf", "stride_on") if whole else ())),
+            num_warps=decode.NUM_WARPS,
+        )
+
+
+def compile_for(item: Shipped, capability: int) -> Resources:
+    """Compiles one variant for sm_<capability>, with the alignment that a launch would find."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = item.kernel.arg_names
+    source = ASTSource(
+        item.kernel,
+        {name: item.signature.get(name, "constexpr") for name in names},
+        constexprs=item.constexprs,
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in item.aligned},
+    )
+    start = time.perf_counter()
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": item.num_warps})
+    registers, stack = _usage(compiled.asm["cubin"])
+    return Resources(registers, stack, compiled.metadata.shared, time.perf_counter() - start)
+
+
+def _usage(cubin: bytes) -> tuple[int, int]:
+    """Registers a thread and bytes of stack a thread, from the cuobjdump that comes with Triton."""
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        report = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", report.stdout)
+    if found is None:
+        raise RuntimeError(f"cuobjdump reported no registers: {report.stdout!r} {report.stderr!r}")
+    return int(found[1]), int(found[2])
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--capability", type=int, action="append", choices=sorted(SHARED_LIMIT),
+                        help="only this compute capability, e.g. 90; may be repeated")
+    parser.add_argument("--json", type=Path, help="write the table to this file")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Prints registers and shared memory of all variants; 1 if one does not compile, spills or does not fit."""
+    capabilities = args.capability or sorted(SHARED_LIMIT)
+    print(f"{'kernel':<24}" + "".join(f"{'sm_' + str(c):>16}" for c in capabilities) + "   registers, KiB shared")
+    rows, problems = [], []
+    for item in shipped():
+        cells = []
+        for capability in capabilities:
+            row: dict[str, Any] = {"op": item.op, "variant": item.variant, "capability": capability}
+            try:
+                used = compile_for(item, capability)
+                row |= used.__dict__ | {"problem": used.problem(capability)}
+                cells.append(f"{used.registers}, {used.shared_bytes / 1024:.1f}")
+            except Exception as error:  # the compiler fails in many ways, and the others are still wanted
+                row["problem"] = f"{type(error).__name__}: {error}"
+                cells.append("failed")
+            if row["problem"]:
+                problems.append(f"{item.op} {item.variant} on sm_{capability}: {row['problem']}")
+            rows.append(row)
+        print(f"{item.op + ' ' + item.variant:<24}" + "".join(f"{cell:>16}" for cell in cells), flush=True)
+    for problem in problems:
+        print(problem)
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    return 1 if problems else 0
