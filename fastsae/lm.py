@@ -22,6 +22,7 @@ from fastsae import baselines
 from fastsae.corpus import Document
 from fastsae.errors import FastSAEError
 from fastsae.files import claim_folder, write_json, write_torch
+from fastsae.interrupt import uninterrupted
 
 MLP_HOOK = "transformer.h.0.mlp.act"  # [B, T, d_mlp], after the ReLU
 END = "<|endoftext|>"  # stands between documents, and first in every context
@@ -246,7 +247,7 @@ def train(
         first, seconds = state["step"], state["seconds"]
 
     started = time.monotonic() - seconds
-    step = first
+    done = first  # steps
 
     def save() -> None:
         write_torch(
@@ -254,7 +255,7 @@ def train(
             {
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
-                "step": step,
+                "step": done,
                 "seconds": time.monotonic() - started,
             },
         )
@@ -262,26 +263,28 @@ def train(
     model.train()
     with open(out / "log.jsonl", "a", encoding="utf-8") as log:
         try:
-            for step in range(first, config.steps):
+            while done < config.steps:
+                lr = _learning_rate(config, done)
                 for group in optimizer.param_groups:
-                    group["lr"] = _learning_rate(config, step)
-                batch = _contexts(stream, config, step, end_id)
+                    group["lr"] = lr
+                batch = _contexts(stream, config, done, end_id)
                 logits = model(batch[:, :-1], use_cache=False).logits
                 loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                if (step + 1) % 20 == 0 or step + 1 == config.steps:
-                    rate = (step + 1 - first) * config.batch_tokens / (time.monotonic() - started - seconds)
-                    row = {"step": step + 1, "loss": loss.item(), "lr": _learning_rate(config, step), "tokens_per_s": rate}
+                with uninterrupted():
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                    done += 1
+                if done % 20 == 0 or done == config.steps:
+                    rate = (done - first) * config.batch_tokens / (time.monotonic() - started - seconds)
+                    row = {"step": done, "loss": loss.item(), "lr": lr, "tokens_per_s": rate}
                     if not math.isfinite(row["loss"]):
-                        raise FastSAEError(f"the loss became {row['loss']} at step {step + 1}; lower lr ({config.lr})")
+                        raise FastSAEError(f"the loss became {row['loss']} at step {done}; lower lr ({config.lr})")
                     log.write(json.dumps(row) + "\n")
                     if on_step:
-                        on_step(step + 1, config.steps, row)
-                if (step + 1) % config.checkpoint_every == 0:
-                    step += 1
+                        on_step(done, config.steps, row)
+                if done % config.checkpoint_every == 0 and done < config.steps:
                     save()
         except KeyboardInterrupt:
             save()
