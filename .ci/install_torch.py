@@ -17,8 +17,8 @@ NO_CPU_BUILD = f"""
 No CPU build of {CPU_TORCH} could be installed for this Python ({sys.version.split()[0]}); the reason is above.
 Say yourself where torch comes from, with any arguments of pip install, and run make again:
     make TORCH_INSTALL='path/to/torch-cpu.whl' …
-    make TORCH_INSTALL='--index-url ADDRESS torch' …   with the address from pytorch's "Get started" page
-    make TORCH_INSTALL='torch' …                       what pip prefers: on Linux several GB with CUDA, also without a GPU
+    make TORCH_INSTALL='--index-url ADDRESS torch' …   the address is on pytorch's "Get started" page
+    make TORCH_INSTALL='torch' …   what pip prefers: on Linux several GB with CUDA; it runs without a GPU too
 """
 
 

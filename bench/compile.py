@@ -98,12 +98,12 @@ def compile_for(item: Shipped, capability: int) -> Resources:
 
 def _usage(cubin: bytes) -> tuple[int, int]:
     """Registers a thread and bytes of stack a thread, from the cuobjdump that comes with Triton."""
-    import triton
+    from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        tool = triton.knobs.nvidia.cuobjdump.path
+        tool = knobs.nvidia.cuobjdump.path
         report = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
     found = re.search(r"REG:(\d+) STACK:(\d+)", report.stdout)
     if found is None:

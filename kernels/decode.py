@@ -89,7 +89,8 @@ def _check(indices: Tensor, values: Tensor, w_dec: Tensor, counts: Tensor | None
         raise ValueError(f"w_dec must have contiguous rows, got strides {w_dec.stride()}; pass w_dec.contiguous()")
     if counts is not None and (counts.shape != indices.shape[:1] or counts.is_floating_point()):
         raise ValueError(
-            f"counts must be {indices.shape[0]} integers, one a row of indices, got {tuple(counts.shape)} {counts.dtype}"
+            f"counts must be {indices.shape[0]} integers, one for each row of indices, "
+            f"got {tuple(counts.shape)} {counts.dtype}"
         )
     others = (indices, values) if counts is None else (indices, values, counts)
     if any(t.device != w_dec.device for t in others):
