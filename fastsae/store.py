@@ -353,6 +353,52 @@ def steps_per_epoch(count: int, batch_size: int, drop_last: bool = True) -> int:
     return steps
 
 
+class MemoryStore:
+    """A tensor of activations [N, D] with the reading side of an ActivationStore; token ids and the rest are 0."""
+
+    def __init__(self, x: Tensor) -> None:
+        if x.ndim != 2 or not x.is_floating_point():
+            raise FastSAEError(f"expected activations [N, D] of a float dtype, got {list(x.shape)} {x.dtype}")
+        if not torch.isfinite(x).all():
+            raise FastSAEError("activations must be finite, got NaN or infinity: drop those rows")
+        self.x = x.detach().cpu()
+        self.count, self.width, self.dtype = len(x), x.shape[1], x.dtype
+        self.seed, self.meta = 0, {}
+        if not self.count:
+            raise FastSAEError("expected activations, got a tensor of 0 rows")
+        total, squares, norms = _sums(self.x)
+        self.mean = (total / self.count).float()
+        self.variance = (squares / self.count - (total / self.count).square()).clamp_min(0).float()
+        self.mean_norm = float(norms) / self.count
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """See ActivationStore."""
+        return {"width": self.width, "count": self.count, "seed": self.seed, "mean_norm": self.mean_norm}
+
+    def sample(self, n: int, seed: int = 0) -> Tensor:
+        """See ActivationStore."""
+        return next(self.batches(min(n, self.count), seed=seed)).x
+
+    def batches(
+        self,
+        batch_size: int,
+        seed: int = 0,
+        start_step: int = 0,
+        epochs: int | None = None,
+        drop_last: bool = True,
+    ) -> Iterator[Batch]:
+        """See ActivationStore; each epoch is a full permutation of the rows."""
+        per_epoch = steps_per_epoch(self.count, batch_size, drop_last)
+        epoch, step = divmod(start_step, per_epoch)
+        while epochs is None or epoch < epochs:
+            order = torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(self.count))
+            for rows in order.split(batch_size)[step:per_epoch]:
+                nothing = torch.zeros(len(rows), dtype=torch.long)
+                yield Batch(self.x[rows].float(), nothing, nothing, nothing)
+            epoch, step = epoch + 1, 0
+
+
 def check_space(path: Path, rows: int, width: int, dtype: StoreDtype) -> None:
     """Raise FastSAEError now, not hours later, when `rows` activations do not fit on the disk that holds `path`."""
     needed = rows * (width * DTYPES[dtype].itemsize + _ROW_EXTRA_BYTES)

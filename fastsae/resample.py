@@ -1,0 +1,83 @@
+"""Dead latents begin again where reconstruction is worst ("Towards Monosemanticity", appendix on resampling).
+
+Axes: N inputs, F dictionary size, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from fastsae.sae import SAE, LossOutput
+
+ENCODER_SCALE = 0.2  # of the mean norm of the alive encoder rows; paper
+_PARAMETERS = ("encoder.weight", "encoder.bias", "W_dec")  # those with a row per latent
+
+
+@torch.no_grad()
+def resample(
+    sae: SAE, optimizer: torch.optim.Optimizer, batches: Iterable[Tensor], dead: Tensor, generator: torch.Generator
+) -> int:
+    """Re-initialise the latents in `dead` [F] bool from inputs that the SAE does badly on; how many there were.
+
+    batches: tensors [n, D] of inputs in the units of x, together the N candidates (819,200 in the paper). Each dead
+    latent gets one of them, drawn with probability ∝ loss², as the encoder sees it (x − b_dec, in the normalised units
+    of the input, or x where b_dec is not subtracted): decoder row = that direction with unit norm, encoder row = the
+    same direction with 0.2 × the mean norm of the alive encoder rows, encoder bias = 0, Adam's moments of all
+    three = 0. The counter of tokens since it fired starts anew. An input is drawn twice only if dead latents outnumber
+    the candidates. generator: a CPU generator.
+    """
+    n_dead = int(dead.sum())
+    if not n_dead:
+        return 0
+    inputs, losses = _candidates(sae, batches)
+    weight = losses.double().cpu().square()  # Σ may exceed float32's exact range
+    if not weight.sum() > 0:  # everything is reconstructed: any input is as good as another
+        weight = torch.ones_like(weight)
+    enough = int((weight > 0).sum()) >= n_dead
+    chosen = torch.multinomial(weight, n_dead, replacement=not enough, generator=generator)
+    direction = torch.nn.functional.normalize(inputs[chosen.to(inputs.device)], dim=1)  # [n_dead, D]
+
+    alive_norms = torch.linalg.vector_norm(sae.encoder.weight, dim=1)[~dead]
+    norm = alive_norms.mean() if len(alive_norms) else torch.ones((), device=sae.device)
+    direction = direction.to(sae.dtype)
+    sae.W_dec[dead] = direction
+    sae.encoder.weight[dead] = direction * (ENCODER_SCALE * norm)
+    sae.encoder.bias[dead] = 0
+    sae.tokens_since_fired[dead] = 0
+    parameters = dict(sae.named_parameters())
+    for name in _PARAMETERS:
+        for moment in optimizer.state[parameters[name]].values():
+            if isinstance(moment, Tensor) and moment.shape[:1] == dead.shape:  # not the scalar step count
+                moment[dead] = 0
+    return n_dead
+
+
+def _candidates(sae: SAE, batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Inputs as the encoder sees them [N, D], and the loss of each [N]. The SAE's counters are left alone."""
+    inputs, losses = [], []
+    was_training = sae.training
+    sae.eval()
+    try:
+        for x in batches:
+            x = x.to(sae.device)
+            out = sae.loss(x)
+            error = ((out.x_hat - x).float() * sae.input_scale).square().sum(-1)
+            losses.append(error + _penalty(sae, out))
+            rows = (x - sae.input_mean) * sae.input_scale
+            inputs.append(rows - sae.b_dec if sae.cfg.apply_b_dec_to_input else rows)
+    finally:
+        sae.train(was_training)
+    return torch.cat(inputs), torch.cat(losses)
+
+
+def _penalty(sae: SAE, out: LossOutput) -> Tensor | float:
+    """The L1 term of each row [N], where there is one and the code is at hand."""
+    if sae.cfg.activation != "relu" or out.code is None:
+        return 0.0
+    values = out.code.values.float()
+    if sae.cfg.l1_weighting == "decoder_norm":
+        values = values * torch.linalg.vector_norm(sae.W_dec.float(), dim=1)[out.code.indices.long()]
+    return sae.cfg.l1_coefficient * values.sum(-1)

@@ -1,0 +1,223 @@
+"""Train a dictionary on stored activations: one loop, top to bottom.
+
+Axes: N tokens in a batch, F dictionary size, D width.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsae.errors import FastSAEError
+from fastsae.files import claim_folder, write_json, write_torch
+from fastsae.harvest import check_options
+from fastsae.interrupt import uninterrupted
+from fastsae.optim import DecoderNorm, clip_gradients_, lr_factor, penalty_factor
+from fastsae.progress import Meter, progress
+from fastsae.recipe import Preset, Store, TrainConfig, start
+from fastsae.resample import resample
+from fastsae.sae import SAE, LossOutput
+from fastsae.store import MemoryStore
+
+__all__ = ["TrainConfig", "train"]
+
+LOG, CHECKPOINT, FOLDER, RESULT = "log.jsonl", "checkpoint/state.pt", "sae", "train.json"
+
+Row = dict[str, float]
+
+
+def train(
+    store: Store | Tensor,
+    config: TrainConfig | None = None,
+    out: str | Path | None = None,
+    *,
+    preset: Preset | None = None,
+    resume: bool = False,
+    show_progress: bool = True,
+    on_log: Callable[[Row], None] | None = None,
+    **options: Any,
+) -> SAE:
+    """Train an SAE on a store, or on a tensor of activations [N, D].
+
+    config, or a preset's name, or nothing for the defaults; options: fields of TrainConfig, on top of either.
+    out: folder for `log.jsonl` (one object every `log_every` steps), `checkpoint/`, and at the end `sae/`
+    (`SAE.from_pretrained`) and `train.json` (the last line of the log). None writes nothing.
+    resume: go on from the folder's checkpoint, on the CPU bit for bit as if never stopped, or take the finished SAE.
+    on_log: called with each log line. Ctrl-C finishes the step, writes a checkpoint and raises KeyboardInterrupt.
+
+    A log line: step, tokens, loss, mse, sparsity, aux (units: fastsae.activations), l0, fve (of that batch), dead (the
+    fraction of latents that has not fired for `dead_after_tokens`), lr, penalty (factor of the warm-up), tokens_per_s.
+
+    Raises FastSAEError: a store of another width, K > F, fewer rows than a batch, a loss that is not finite, a folder
+    that holds another run, a full disk.
+    """
+    source = MemoryStore(store) if isinstance(store, Tensor) else store
+    if preset is not None:
+        if config is not None:
+            raise FastSAEError("expected a config or a preset, got both: give the preset and options on top of it")
+        config = TrainConfig.preset(preset, **{"d_in": source.width} | check_options(TrainConfig, options))
+    else:
+        config = replace(config or TrainConfig(), **check_options(TrainConfig, options))
+    config = config.complete(source.width, source.count)
+    run = _Run(config, source, None if out is None else Path(out), resume)
+    if run.finished is not None:
+        return run.finished
+    total, done = config.steps * config.batch_size, run.step * config.batch_size
+    with progress("train", total, "tokens", done, show_progress) as meter:
+        try:
+            _loop(run, meter, on_log)
+        except KeyboardInterrupt:
+            run.save()
+            raise
+    return run.finish()
+
+
+def _loop(run: _Run, meter: Meter, on_log: Callable[[Row], None] | None) -> None:
+    config, norm = run.config, DecoderNorm(run.sae)
+    resample_steps = {max(1, round(a * config.steps)) for a in config.resample_at}
+    run.sae.train()
+    for batch in run.store.batches(config.batch_size, seed=config.seed, start_step=run.step):
+        if run.step == config.steps:
+            break
+        with uninterrupted():
+            out = _step(run, norm, batch.x)
+            if run.step in resample_steps:
+                _resample(run)
+            meter.advance(config.batch_size)
+            if run.step % config.log_every == 0 or run.step == config.steps:
+                row = run.log(out, meter.rate)
+                meter.note = f"loss {row['loss']:.4g}, L0 {row['l0']:.1f}, FVE {row['fve']:.3f}, dead {row['dead']:.1%}"
+                if on_log is not None:
+                    on_log(row)
+            if run.step % config.checkpoint_every == 0:
+                run.save()
+
+
+def _step(run: _Run, norm: DecoderNorm, x: Tensor) -> LossOutput:
+    """One optimizer step on x [N, D]."""
+    config, sae, optimizer = run.config, run.sae, run.optimizer
+    for group in optimizer.param_groups:
+        group["lr"] = config.lr * lr_factor(run.step, config.steps, config.lr_warmup, config.lr_decay)
+    run.penalty = penalty_factor(run.step, config.steps, config.l1_warmup)
+    out = sae.loss(x.to(sae.device, non_blocking=True))
+    loss = out.loss if run.penalty == 1.0 else out.mse + run.penalty * out.sparsity + out.aux
+    loss.backward()
+    norm.project_gradient_()
+    if config.clip:
+        clip_gradients_(sae.parameters(), config.clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    norm.renormalise_()
+    run.step += 1
+    return out
+
+
+def _resample(run: _Run) -> None:
+    config, sae = run.config, run.sae
+    wanted = min(config.resample_inputs, run.store.count)
+    size = min(4096, wanted)
+    seed = config.seed + 7919 * run.step  # its own order of the data, the same after a resume
+    batches = run.store.batches(size, seed=seed)
+    inputs = (next(batches).x for _ in range(wanted // size))
+    dead = sae.tokens_since_fired >= config.dead_after_tokens
+    run.resampled += resample(sae, run.optimizer, inputs, dead, torch.Generator().manual_seed(seed))
+
+
+class _Run:
+    """What a checkpoint holds, and the folder it lives in."""
+
+    def __init__(self, config: TrainConfig, store: Store, out: Path | None, resume: bool) -> None:
+        self.config, self.store, self.out = config, store, out
+        self.step, self.resampled, self.penalty = 0, 0, 1.0
+        self.last: Row = {}
+        self.finished: SAE | None = None
+        checkpoint = None
+        if out is not None:
+            settings = {k: v for k, v in asdict(config).items() if k not in ("log_every", "checkpoint_every", "device")}
+            claim_folder(out, "train", {"train": settings, "store": store.identity}, resume)
+            if (out / RESULT).exists():
+                self.finished = SAE.from_pretrained(out / FOLDER)
+                return
+            if (out / CHECKPOINT).exists():
+                checkpoint = torch.load(out / CHECKPOINT, weights_only=True, map_location="cpu")
+        device = config.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.sae = SAE(config.sae) if checkpoint else start(config, store)
+        self.sae.to(device)
+        self.optimizer = torch.optim.Adam(
+            self.sae.parameters(), lr=config.lr, betas=(config.beta1, config.beta2), fused=True
+        )
+        if checkpoint:
+            self.sae.load_state_dict(checkpoint["sae"])
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            self.step, self.resampled = checkpoint["step"], checkpoint["resampled"]
+        if out is not None:
+            _truncate_log(out / LOG, self.step)
+
+    def log(self, out: LossOutput, rate: float) -> Row:
+        """One line of the log; the only place where the loop waits for the device."""
+        dead = self.sae.tokens_since_fired >= self.config.dead_after_tokens
+        mse, sparsity, aux = out.mse.item(), out.sparsity.item(), out.aux.item()
+        row: Row = {
+            "step": self.step,
+            "tokens": self.step * self.config.batch_size,
+            "loss": mse + self.penalty * sparsity + aux,
+            "mse": mse,
+            "sparsity": sparsity,
+            "aux": aux,
+            "l0": float(out.l0.float().mean()),
+            "fve": float(out.fve),
+            "dead": float(dead.float().mean()),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "penalty": self.penalty,
+            "resampled": self.resampled,
+            "tokens_per_s": rate,
+        }
+        if not math.isfinite(row["loss"]):
+            raise FastSAEError(
+                f"the loss became {row['loss']} at step {self.step}: lower lr (it is {self.config.lr:.2g}) or normalise"
+            )
+        if self.out is not None:
+            with open(self.out / LOG, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        self.last = row
+        return row
+
+    def save(self) -> None:
+        """A checkpoint, atomically."""
+        if self.out is None:
+            return
+        (self.out / CHECKPOINT).parent.mkdir(exist_ok=True)
+        state = {
+            "sae": self.sae.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "resampled": self.resampled,
+        }
+        write_torch(self.out / CHECKPOINT, state)
+
+    def finish(self) -> SAE:
+        """Save the SAE in its final form, drop the checkpoint."""
+        self.sae.eval()
+        if self.out is not None:
+            self.sae.save_pretrained(self.out / FOLDER)
+            write_json(self.out / RESULT, self.last | {"config": asdict(self.config)})
+            (self.out / CHECKPOINT).unlink(missing_ok=True)
+        return self.sae
+
+
+def _truncate_log(path: Path, step: int) -> None:
+    """Drop the lines that an interrupted run wrote after the checkpoint it will go on from."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    path.write_text("".join(kept), encoding="utf-8")
