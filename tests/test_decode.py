@@ -38,7 +38,8 @@ def bound(indices: Tensor, values: Tensor, w_dec: Tensor) -> Tensor:
     """What rounding can do: K + 1 fp32 operations on Σ |value · w|, and one rounding of the result. [N, D]"""
     size = truth(indices, values.abs(), w_dec.abs())
     fp32 = (indices.shape[1] + 1) * EPSILON[torch.float32]
-    return size * (fp32 + EPSILON[w_dec.dtype]) + torch.finfo(torch.float32).tiny
+    last_bit = torch.finfo(w_dec.dtype).smallest_normal * torch.finfo(w_dec.dtype).eps  # of subnormal results
+    return size * (fp32 + EPSILON[w_dec.dtype]) + last_bit
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -1,0 +1,159 @@
+"""What `python -m bench gpu` times: each case makes its tensors when its turn comes and frees them after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import naive
+from bench.checks import check_decode
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """N tokens, D width, F dictionary size, K active latents per token."""
+
+    name: str
+    N: int
+    D: int
+    F: int
+    K: int
+
+
+SHAPES = [
+    Shape("S0", 8192, 768, 24576, 32),
+    Shape("S1", 16384, 4096, 131072, 64),
+    Shape("S2", 8192, 4096, 1048576, 64),
+]
+TINY = [Shape("tiny", 33, 32, 256, 4)]  # for a dry run
+LARGEST_STEP = 2**31  # elements of [N, F] and twice those of [F, D]; past it a dense step fits no GPU we know of
+
+
+@dataclass(frozen=True)
+class Case:
+    """build() gives the call to be timed, after checking it; work and traffic are in operations and bytes."""
+
+    op: str
+    variant: str
+    shape: Shape
+    dtype: torch.dtype
+    build: Callable[[torch.device], Call]
+    operations: float = 0
+    traffic: float = 0
+
+    def row(self) -> dict[str, Any]:
+        return {"op": self.op, "variant": self.variant, "dtype": str(self.dtype).removeprefix("torch."),
+                "shape": self.shape.name, **{k: v for k, v in asdict(self.shape).items() if k != "name"}}
+
+
+def ceilings() -> Iterator[Case]:
+    """What the chip gives at best: a copy, and a matrix product."""
+    yield Case("copy", "1 GiB", Shape("-", 2**29, 1, 1, 1), torch.bfloat16, _copy, traffic=2 * 2**30)
+    square = Shape("-", 8192, 8192, 8192, 1)
+    yield Case("matmul", "8192³", square, torch.bfloat16, lambda device: _gemm(square, torch.bfloat16, device),
+               operations=2 * 8192**3)
+
+
+def all_cases(shapes: list[Shape], dtypes: tuple[torch.dtype, ...]) -> Iterator[Case]:
+    """Per shape and dtype the encoder's product, decode, and whole steps; cheap cases before expensive ones."""
+    for shape in shapes:
+        for dtype in dtypes:
+            yield _encoder_case(shape, dtype)
+            yield from _decode_cases(shape, dtype)
+    for shape in shapes:
+        if shape.N * shape.F <= LARGEST_STEP and 2 * shape.F * shape.D <= LARGEST_STEP:
+            for dtype in dtypes:
+                yield from _step_cases(shape, dtype)
+
+
+def _copy(device: torch.device) -> Call:
+    source = torch.randn(2**29 if device.type == "cuda" else 2**10, device=device).bfloat16()
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def _gemm(shape: Shape, dtype: torch.dtype, device: torch.device) -> Call:
+    N, F, D = (shape.N, shape.F, shape.D) if device.type == "cuda" else (64, 64, 64)
+    x = torch.randn(N, D, device=device, dtype=dtype)
+    weight = torch.randn(F, D, device=device, dtype=dtype)
+    out = torch.empty(N, F, device=device, dtype=dtype)
+    return lambda: torch.mm(x, weight.T, out=out)
+
+
+def _encoder_case(shape: Shape, dtype: torch.dtype) -> Case:
+    return Case("encoder", "x · W_encᵀ", shape, dtype, lambda device: _gemm(shape, dtype, device),
+                operations=2 * shape.N * shape.D * shape.F)
+
+
+def _decode_cases(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
+    size = torch.finfo(dtype).bits // 8
+    least = size * shape.N * shape.D * (shape.K + 1) + 8 * shape.N * shape.K
+
+    def inputs(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        # Features drawn evenly: few rows are met twice in L2, the worst case for a gather.
+        indices = torch.randint(0, shape.F, (shape.N, shape.K), device=device, dtype=torch.int32)
+        values = torch.rand(shape.N, shape.K, device=device)
+        return indices, values, torch.randn(shape.F, shape.D, device=device, dtype=dtype)
+
+    def kernel(device: torch.device) -> Call:
+        from fastsae.kernels.decode import decode
+
+        indices, values, w_dec = inputs(device)
+        check_decode(decode(indices, values, w_dec), indices, values, w_dec)
+        return lambda: decode(indices, values, w_dec)
+
+    def by_torch(device: torch.device) -> Call:
+        indices, values, w_dec = inputs(device)
+        weights = values.to(dtype)
+
+        def call() -> Tensor:
+            return torch.nn.functional.embedding_bag(indices, w_dec, per_sample_weights=weights, mode="sum")
+
+        check_decode(call(), indices, weights, w_dec)
+        return call
+
+    yield Case("decode", "Triton", shape, dtype, kernel, traffic=least)
+    yield Case("decode", "embedding_bag", shape, dtype, by_torch, traffic=least)
+
+
+def _step_cases(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
+    for activation in ("topk", "relu"):
+        yield Case("step", f"fastsae {activation}", shape, dtype,
+                   lambda device, activation=activation: _fastsae_step(shape, dtype, device, activation))
+    yield Case("step", "naive dense ReLU + L1", shape, dtype, lambda device: _naive_step(shape, dtype, device))
+
+
+def _fastsae_step(shape: Shape, dtype: torch.dtype, device: torch.device, activation: str) -> Call:
+    """Loss, backward, decoder constraint and fused Adam. A learning rate of 0 keeps the code as dense as it starts."""
+    from fastsae.optim import DecoderNorm
+    from fastsae.sae import SAE
+
+    name: Any = str(dtype).removeprefix("torch.")
+    sae = SAE(d_in=shape.D, d_sae=shape.F, activation=activation, k=shape.K, dtype=name, device=device)
+    if activation == "relu":
+        # Pre-activations of unit rows on x ~ N(0, 1) are N(0, 1): this bias leaves K of F above 0.
+        threshold = torch.special.ndtri(torch.tensor(1 - shape.K / shape.F, dtype=torch.float64))
+        sae.b_enc.data.fill_(-float(threshold))
+    x = torch.randn(shape.N, shape.D, device=device, dtype=dtype)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=0.0, fused=True)
+    norm = DecoderNorm(sae)
+
+    def run() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        sae.loss(x).loss.backward()
+        norm.project_gradient_()
+        optimizer.step()
+        norm.renormalise_()
+
+    return run
+
+
+def _naive_step(shape: Shape, dtype: torch.dtype, device: torch.device) -> Call:
+    sae = naive.NaiveSAE(shape.D, shape.F, dtype, device)
+    return naive.step(sae, torch.randn(shape.N, shape.D, device=device, dtype=dtype))
