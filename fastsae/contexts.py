@@ -137,9 +137,7 @@ def _cut(documents: Iterator[tuple[int, np.ndarray]], body: int) -> Iterator[_Co
             yield piece, np.full(len(piece), number), np.arange(start, start + len(piece))
 
 
-def _concatenate(
-    documents: Iterator[tuple[int, np.ndarray]], body: int, separator: int | None
-) -> Iterator[_Context]:
+def _concatenate(documents: Iterator[tuple[int, np.ndarray]], body: int, separator: int | None) -> Iterator[_Context]:
     pending = np.zeros((3, 0), dtype=np.int64)
     for number, ids in documents:
         if separator is not None:

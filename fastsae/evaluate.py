@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from fastsae.contexts import ContextBatch, Packing, context_batches, model_limits
 from fastsae.errors import DataError, FastSAEError, TooDenseError
 from fastsae.harvest import check_options, load_model
-from fastsae.hooks import capture, replace as replace_output
+from fastsae.hooks import capture
+from fastsae.hooks import replace as replace_output
 from fastsae.progress import Meter, progress
 from fastsae.sae import SAE
 
@@ -56,8 +57,8 @@ class EvalResult:
     tokens: N, activations scored. mse: mean over tokens of Σ_d (x̂ − x)², in the units of x. fve: 1 − Σ‖x − x̂‖² /
     Σ‖x − mean‖². l0: active features per token. dead: fraction of features that never fired on these N tokens.
     density: [F], fraction of tokens on which each feature fires. histogram: counts of features by log10 of their
-    density between histogram_edges (dead ones left out). ce_raw: of the model itself; ce_spliced, ce_zero, ce_mean: with
-    the reconstruction, zero, or the mean activation in place of each activation. recovered_zero, recovered_mean:
+    density between histogram_edges (dead ones left out). ce_raw: of the model itself; ce_spliced, ce_zero, ce_mean:
+    with the reconstruction, zero, or the mean activation in place of each activation. recovered_zero, recovered_mean:
     (ce_ablated − ce_spliced) / (ce_ablated − ce_raw), 1 being no loss; NaN where ablation costs nothing.
     """
 
@@ -78,7 +79,8 @@ class EvalResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the per-feature densities, ready for JSON (NaN becomes None)."""
-        values = {key: value for key, value in asdict(replace(self, density=torch.empty(0))).items() if key != "density"}
+        values = asdict(self)
+        del values["density"]
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
@@ -179,9 +181,7 @@ class _Evaluation:
             raise FastSAEError("expected text of a few tokens at least, got too little to predict anything")
         return nats / targets
 
-    def cross_entropy(
-        self, batches: list[ContextBatch], function: Callable[[Tensor], Tensor], meter: Meter
-    ) -> float:
+    def cross_entropy(self, batches: list[ContextBatch], function: Callable[[Tensor], Tensor], meter: Meter) -> float:
         """Nats per token while function ([N, D] → [N, D]) replaces the activations at the scored places."""
         nats, targets = 0.0, 0
         for batch in batches:

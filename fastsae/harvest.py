@@ -19,7 +19,8 @@ from fastsae.contexts import ContextBatch, Packing, context_batches, documents_d
 from fastsae.errors import FastSAEError
 from fastsae.hooks import capture
 from fastsae.progress import Meter, progress
-from fastsae.store import INDEX, ActivationStore, StoreDtype, StoreWriter, check_space, finished_store
+from fastsae.store import ActivationStore, StoreDtype
+from fastsae.store_writer import StoreWriter, check_space, finished_store
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,8 @@ def harvest(
     try:
         width = _forward(model, hook, torch.zeros(1, 2, dtype=torch.long)).shape[-1]
         settings = (width, config.dtype, meta, config.seed, config.shard_rows)
-        if resume and (out / INDEX).exists():
-            return finished_store(out, *settings)
+        if resume and (store := finished_store(out, *settings)) is not None:
+            return store
         writer = StoreWriter(out, *settings, resume=resume)
         if config.tokens is not None:
             check_space(out, config.tokens - writer.rows_written, width, config.dtype)

@@ -137,8 +137,9 @@ class TrainConfig(SAEConfig):
         return self._sae_config(self.d_in, self.dead_after_tokens)
 
     def _sae_config(self, d_in: int, dead_after_tokens: int) -> SAEConfig:
-        values = {field.name: getattr(self, field.name) for field in fields(SAEConfig)}
-        return SAEConfig(**values | {"d_in": d_in, "dead_after_tokens": dead_after_tokens})
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(SAEConfig)}
+        values.update(d_in=d_in, dead_after_tokens=dead_after_tokens)
+        return SAEConfig(**values)
 
     @classmethod
     def preset(cls, name: Preset, **overrides: Any) -> TrainConfig:

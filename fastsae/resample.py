@@ -40,14 +40,15 @@ def resample(
     chosen = torch.multinomial(weight, n_dead, replacement=not enough, generator=generator)
     direction = torch.nn.functional.normalize(inputs[chosen.to(inputs.device)], dim=1)  # [n_dead, D]
 
-    alive_norms = torch.linalg.vector_norm(sae.encoder.weight, dim=1)[~dead]
+    parameters = dict(sae.named_parameters())
+    encoder = parameters["encoder.weight"]
+    alive_norms = torch.linalg.vector_norm(encoder, dim=1)[~dead]
     norm = alive_norms.mean() if len(alive_norms) else torch.ones((), device=sae.device)
     direction = direction.to(sae.dtype)
     sae.W_dec[dead] = direction
-    sae.encoder.weight[dead] = direction * (ENCODER_SCALE * norm)
-    sae.encoder.bias[dead] = 0
+    encoder[dead] = direction * (ENCODER_SCALE * norm)
+    parameters["encoder.bias"][dead] = 0
     sae.tokens_since_fired[dead] = 0
-    parameters = dict(sae.named_parameters())
     for name in _PARAMETERS:
         for moment in optimizer.state[parameters[name]].values():
             if isinstance(moment, Tensor) and moment.shape[:1] == dead.shape:  # not the scalar step count
