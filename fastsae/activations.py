@@ -80,7 +80,7 @@ class ReLU:
             dense = ops.relu_dense(rows, sae.encoder.weight, sae.encoder.bias, sae.W_dec, weighted, sae.centre)
             x_hat, l1, l0, fired = dense
         elif weighted:
-            x_hat, l1 = ops.decode_with_l1(code, sae.W_dec)
+            x_hat, l1 = ops.decode_with_l1(code, sae.W_dec, sae.cfg.backend)
             l0, fired = code.l0(), code.fired()
         else:
             x_hat, l1 = ops.decode(code, sae.W_dec, sae.cfg.backend), code.values.sum(-1)

@@ -1,62 +1,258 @@
 """The differentiable operations of a sparse autoencoder, on codes that are never [N, F].
 
+Each has a dense twin in `reference`. Gradients are exact for the latents that were chosen; the choice itself has none.
+
 Axes: N tokens, K active latents per token, F dictionary size, D width.
 """
 
 from __future__ import annotations
 
+import importlib.util
+from typing import Any, Literal
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from fastsae.codes import SparseCode, pack_rows
+from fastsae import cpu
+from fastsae.codes import SparseCode
+from fastsae.errors import FastSAEError
+
+Backend = Literal["auto", "triton", "torch"]
 
 
 def pre_activations(x: Tensor, weight: Tensor, bias: Tensor, centre: Tensor | None = None) -> Tensor:
-    """(x − centre) · weightᵀ + bias: [N, F]."""
+    """(x − centre) · weightᵀ + bias, dense: [N, F], for those who ask for it."""
     return torch.nn.functional.linear(x if centre is None else x - centre, weight, bias)
 
 
 def encode_topk(
     x: Tensor, weight: Tensor, bias: Tensor, k: int, centre: Tensor | None = None, subset: Tensor | None = None
 ) -> SparseCode:
-    """ReLU of the k largest entries of (x − centre) · weightᵀ + bias, as a SparseCode of k slots."""
-    F = weight.shape[0]
-    if subset is not None:
-        weight, bias = weight[subset], bias[subset]
-    values, indices = pre_activations(x, weight, bias, centre).topk(k, dim=-1)
-    values = values.relu()
-    if subset is not None:
-        indices = subset[indices]
-    return SparseCode(values, torch.where(values > 0, indices, 0), F)
+    """ReLU of the k largest entries of (x − centre) · weightᵀ + bias; of equal ones the lower features: k slots.
+
+    x: [N, D], weight: [F, D], bias: [F], centre: [D]; all of one dtype. subset: [S ≥ k] ascending features to choose
+    among, all F without it. `values` carries the gradient of x, weight, bias and centre.
+    """
+    with torch.no_grad():
+        rows = x if centre is None else x - centre
+        if subset is None:
+            values, indices = cpu.encode_topk(rows, weight, bias, k)
+        else:
+            values, indices = cpu.encode_topk(rows, weight[subset], bias[subset], k)
+            indices = torch.where(values > 0, subset[indices], 0)
+        counts = (values > 0).sum(-1)
+        full = bool((counts == k).all())
+    code = SparseCode(values, indices, weight.shape[0], None if full else counts)
+    return _with_gradient(code, x, weight, bias, centre)
 
 
 def encode_relu(
     x: Tensor, weight: Tensor, bias: Tensor, max_l0: int, centre: Tensor | None = None
 ) -> SparseCode | None:
-    """The positive entries of (x − centre) · weightᵀ + bias; None where a row has more than max_l0 of them."""
-    pre = pre_activations(x, weight, bias, centre).relu()
-    row, column = pre.detach().nonzero(as_tuple=True)
-    indices, counts, slots = pack_rows(row, column, x.shape[0])
-    if indices.shape[1] > max_l0:
+    """The positive entries of (x − centre) · weightᵀ + bias; None where a row has more than max_l0 of them.
+
+    Shapes and gradients as for `encode_topk`; features ascend within a row.
+    """
+    with torch.no_grad():
+        found = cpu.encode_relu(x if centre is None else x - centre, weight, bias, max_l0)
+    if found is None:
         return None
-    values = pre.new_zeros(indices.numel()).index_put((slots,), pre[row, column]).view(indices.shape)
-    return SparseCode(values, indices, weight.shape[0], counts)
+    values, indices, counts = found
+    return _with_gradient(SparseCode(values, indices, weight.shape[0], counts), x, weight, bias, centre)
 
 
-def decode(code: SparseCode, w_dec: Tensor, backend: str = "auto") -> Tensor:
-    """out[n] = Σ_k values[n, k] · w_dec[indices[n, k]]: [N, D]."""
-    return code.to_dense().reshape(-1, code.d_sae) @ w_dec
+def decode(code: SparseCode, w_dec: Tensor, backend: Backend = "auto") -> Tensor:
+    """out[n] = Σ_k values[n, k] · w_dec[indices[n, k]], summed in fp32 (float64 in float64): [N, D] in w_dec's dtype.
+
+    w_dec: [F, D]. Reads N·K·D + 2·N·K elements and writes N·D; backward the same again, and the [F, D] gradient.
+    Raises FastSAEError if backend is "triton" and the tensors are not on a CUDA device, or Triton is missing.
+    """
+    out, _ = _Decode.apply(code.values, w_dec, code.indices, code.counts, _use_triton(backend, w_dec), False)
+    return out
 
 
-def decode_with_l1(code: SparseCode, w_dec: Tensor) -> tuple[Tensor, Tensor]:
-    """decode, and Σ_k values[n, k] · ‖w_dec[indices[n, k]]‖ per row [N]."""
-    return decode(code, w_dec), (code.to_dense().reshape(-1, code.d_sae) * w_dec.norm(dim=1)).sum(-1)
+def decode_with_l1(code: SparseCode, w_dec: Tensor, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
+    """decode, and Σ_k values[n, k] · ‖w_dec[indices[n, k]]‖₂ per row [N], so that w_dec has one gradient buffer."""
+    return _Decode.apply(code.values, w_dec, code.indices, code.counts, _use_triton(backend, w_dec), True)
 
 
 def relu_dense(
     x: Tensor, weight: Tensor, bias: Tensor, w_dec: Tensor, weighted: bool, centre: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """f · w_dec [N, D], L1 [N], L0 [N] and fired [F] of a dense ReLU code f."""
-    f = pre_activations(x, weight, bias, centre).relu()
-    l1 = (f * w_dec.norm(dim=1)).sum(-1) if weighted else f.sum(-1)
-    return f @ w_dec, l1, (f > 0).sum(-1), (f > 0).any(0)
+    """A ReLU code f too dense for slots, made and made again in chunks of features: out, l1, l0, fired.
+
+    out = f · w_dec: [N, D]. l1: [N], Σ_f f, or Σ_f f·‖w_dec[f]‖ if weighted. l0: [N] and fired: [F] bool, without
+    gradients. Ten products of N·D·F operations with the backward pass, as a dense layer, and one more.
+    """
+    return _ReLUDense.apply(x, weight, bias, w_dec, centre, weighted)
+
+
+# --- autograd -------------------------------------------------------------------------------------------------------
+
+
+def _with_gradient(
+    code: SparseCode, x: Tensor, weight: Tensor, bias: Tensor, centre: Tensor | None
+) -> SparseCode:
+    values = _PreActivationsAt.apply(x, weight, bias, centre, code.values, code.indices, code.counts)
+    return SparseCode(values, code.indices, code.d_sae, code.counts)
+
+
+def _sum_at(where: Tensor, what: Tensor, size: int, like: Tensor) -> Tensor:
+    """out[f] = Σ of what[m] over where[m] = f: [size] in like's dtype, summed in fp32 or more."""
+    wide = torch.promote_types(like.dtype, torch.float32)
+    return torch.zeros(size, dtype=wide, device=like.device).index_add_(0, where, what.to(wide)).to(like.dtype)
+
+
+class _PreActivationsAt(torch.autograd.Function):
+    """values[n, k] = ⟨x[n] − centre, weight[indices[n, k]]⟩ + bias[indices[n, k]], which the selection has computed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, centre: Tensor | None,
+        values: Tensor, indices: Tensor, counts: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(x, weight, bias, centre, indices, counts)
+        return values.view_as(values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, centre, indices, counts = ctx.saved_tensors
+        want_x, want_weight, want_bias, want_centre = ctx.needs_input_grad[:4]
+        flat = cpu.flatten(indices, counts)
+        d_pre = grads[0].reshape(-1)[flat.slot]  # [M]
+        d_x = d_weight = d_bias = d_centre = None
+        if want_weight:
+            order = cpu.by_feature(flat, weight.shape[0])
+            rows = x if centre is None else x - centre
+            d_weight = cpu.weighted_rows(rows, order.token, d_pre[order.order], order.offsets)
+        if want_bias or want_centre:
+            d_bias = _sum_at(flat.feature, d_pre, weight.shape[0], bias)
+        if want_x:
+            d_x = cpu.weighted_rows(weight, flat.feature, d_pre, flat.offsets)
+        if want_centre:
+            assert d_bias is not None
+            # Σ_n d_x[n] = Σ_f (Σ_n d_pre[n, f]) · weight[f]: one product with a vector instead of a gather for each row.
+            d_centre = -(d_bias @ weight)
+        return d_x, d_weight, d_bias if want_bias else None, d_centre, None, None, None
+
+
+class _Decode(torch.autograd.Function):
+    """out [N, D], and l1 [N] if weighted (else empty)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, w_dec: Tensor, indices: Tensor, counts: Tensor | None, triton: bool, weighted: bool
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(values, w_dec, indices, counts)
+        ctx.weighted = weighted
+        if triton:
+            from fastsae.kernels.decode import decode as kernel
+
+            out = kernel(indices, values, w_dec, counts)
+        else:
+            flat = cpu.flatten(indices, counts)
+            out = cpu.weighted_rows(w_dec, flat.feature, values.reshape(-1)[flat.slot], flat.offsets)
+        if not weighted:
+            l1 = values.new_empty(0)
+            ctx.mark_non_differentiable(l1)
+            return out, l1
+        used = values if counts is None else values * _used(indices, counts)
+        return out, (used * w_dec.norm(dim=1)[indices]).sum(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        values, w_dec, indices, counts = ctx.saved_tensors
+        d_out, d_l1 = grads[0].contiguous(), grads[1]
+        F = w_dec.shape[0]
+        flat = cpu.flatten(indices, counts)
+        order = cpu.by_feature(flat, F)
+        slot = flat.slot[order.order]
+        sorted_values = values.reshape(-1)[slot]
+        d_values = d_w = None
+        norms = w_dec.norm(dim=1) if ctx.weighted else None
+        if ctx.needs_input_grad[0]:
+            d = cpu.paired_dots(w_dec, order.feature, d_out, order.token)
+            if norms is not None:
+                d = d + d_l1[order.token] * norms[order.feature]
+            d_values = values.new_zeros(values.numel()).index_put_((slot,), d.to(values.dtype)).view_as(values)
+        if ctx.needs_input_grad[1]:
+            d_w = cpu.weighted_rows(d_out, order.token, sorted_values, order.offsets)
+            if norms is not None:
+                pull = _sum_at(order.feature, d_l1[order.token] * sorted_values, F, w_dec)
+                _add_norm_gradient(d_w, w_dec, pull, norms)
+        return d_values, d_w, None, None, None, None
+
+
+def _used(indices: Tensor, counts: Tensor) -> Tensor:
+    return torch.arange(indices.shape[1], device=indices.device) < counts[:, None]
+
+
+def _add_norm_gradient(d_w: Tensor, w_dec: Tensor, pull: Tensor, norms: Tensor) -> None:
+    """d_w[f] += pull[f] · w_dec[f] / ‖w_dec[f]‖, nothing where the norm is 0, in place: [F, D] is not made twice."""
+    d_w.addcmul_(w_dec, torch.where(norms > 0, pull / norms, 0)[:, None])
+
+
+class _ReLUDense(torch.autograd.Function):
+    """Forward and backward both make f chunk by chunk, so the code is never kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, w_dec: Tensor, centre: Tensor | None, weighted: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(x, weight, bias, w_dec, centre)
+        ctx.weighted = weighted
+        rows = x if centre is None else x - centre
+        wide = torch.promote_types(x.dtype, torch.float32)
+        out = torch.zeros(x.shape[0], w_dec.shape[1], dtype=wide, device=x.device)
+        l1 = torch.zeros(x.shape[0], dtype=wide, device=x.device)
+        l0 = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
+        fired = torch.zeros(weight.shape[0], dtype=torch.bool, device=x.device)
+        for chunk in cpu.chunks(rows, weight, bias, add_bias=True):
+            f, w = chunk.pre.relu_(), w_dec[chunk.start : chunk.stop]
+            out += torch.mm(f, w)
+            l1 += f @ w.norm(dim=1) if weighted else f.sum(-1)
+            active = f > 0
+            l0 += active.sum(-1)
+            fired[chunk.start : chunk.stop] = active.any(0)
+        ctx.mark_non_differentiable(l0, fired)
+        return out.to(x.dtype), l1.to(x.dtype), l0, fired
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, w_dec, centre = ctx.saved_tensors
+        d_out, d_l1 = grads[0].contiguous(), grads[1]
+        rows = x if centre is None else x - centre
+        d_x = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+        d_weight, d_bias, d_w = torch.empty_like(weight), torch.empty_like(bias), torch.empty_like(w_dec)
+        for chunk in cpu.chunks(rows, weight, bias, add_bias=True):
+            part = slice(chunk.start, chunk.stop)
+            f, w = chunk.pre.relu_(), w_dec[part]
+            torch.mm(f.T, d_out, out=d_w[part])
+            d_pre = d_out @ w.T  # [N, C]
+            if ctx.weighted:
+                norms = w.norm(dim=1)
+                d_pre.addcmul_(d_l1[:, None], norms)
+                _add_norm_gradient(d_w[part], w, d_l1 @ f, norms)
+            else:
+                d_pre += d_l1[:, None]
+            d_pre.mul_(f > 0)
+            torch.mm(d_pre.T, rows, out=d_weight[part])
+            torch.sum(d_pre, 0, out=d_bias[part])
+            d_x += d_pre @ weight[part]
+        d_x = d_x.to(x.dtype)
+        return d_x, d_weight, d_bias, d_w, None if centre is None else -d_x.sum(0), None
+
+
+def _use_triton(backend: Backend, w: Tensor) -> bool:
+    """Whether the kernels run: where they can, for auto; for triton it is an error where they cannot."""
+    able = w.device.type == "cuda" and w.dtype != torch.float64 and importlib.util.find_spec("triton") is not None
+    if backend == "triton" and not able:
+        raise FastSAEError(
+            f"backend='triton' needs Triton, a CUDA device and float32, bfloat16 or float16, got {w.dtype} on "
+            f"{w.device}; use backend='auto' or 'torch'"
+        )
+    return able and backend != "torch"
