@@ -1,0 +1,35 @@
+"""pytest-benchmark: loss and backward of an SAE on the CPU, beside the naive one: `pytest bench`."""
+
+import pytest
+import torch
+
+from bench.naive import NaiveSAE
+
+pytest.importorskip("pytest_benchmark")
+
+N, D, F, K = 512, 256, 4096, 32
+
+
+@pytest.fixture(scope="module")
+def x():
+    return torch.randn(N, D, generator=torch.Generator().manual_seed(0))
+
+
+def test_topk(benchmark, x):
+    import fastsae
+
+    sae = fastsae.SAE(d_in=D, d_sae=F, activation="topk", k=K)
+
+    def call():
+        out = sae.loss(x)
+        out.loss.backward()
+        return out
+
+    out = benchmark(call)
+    assert out.x_hat.shape == x.shape and sae.W_dec.grad is not None
+
+
+def test_naive_dense(benchmark, x):
+    sae = NaiveSAE(D, F, torch.float32, torch.device("cpu"))
+    benchmark(lambda: sae.loss(x).backward())
+    assert sae.W_dec.grad is not None
