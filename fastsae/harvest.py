@@ -99,17 +99,17 @@ def harvest(
         settings = (width, config.dtype, meta, config.seed, config.shard_rows)
         if resume and (store := finished_store(out, *settings)) is not None:
             return store
-        writer = StoreWriter(out, *settings, resume=resume)
-        if config.tokens is not None:
-            check_space(out, config.tokens - writer.rows_written, width, config.dtype)
-        batches = context_batches(
-            tokenizer, documents, config.context, config.batch_size, config.packing, config.bos, config.seed
-        )
-        with progress("harvest", config.tokens, "tokens", writer.rows_written, show_progress) as meter:
-            _run(model, hook, config, batches, writer, meter)
+        with StoreWriter(out, *settings, resume=resume) as writer:
+            if config.tokens is not None:
+                check_space(out, config.tokens - writer.rows_written, width, config.dtype)
+            batches = context_batches(
+                tokenizer, documents, config.context, config.batch_size, config.packing, config.bos, config.seed
+            )
+            with progress("harvest", config.tokens, "tokens", writer.rows_written, show_progress) as meter:
+                _run(model, hook, config, batches, writer, meter)
     finally:
         model.train(was_training)
-    return writer.close()
+    return ActivationStore(out)
 
 
 def load_model(model: Any, tokenizer: Any) -> tuple[nn.Module, Any, str]:
@@ -153,11 +153,6 @@ def _run(
         if stored < len(keep):
             # The whole batch runs again, also for its last row: a sum may depend on what else is in the batch.
             x = _forward(model, hook, batch.token_ids)
-            if x.shape[:2] != batch.token_ids.shape:
-                raise FastSAEError(
-                    f"the output of {hook} must be [contexts, tokens, width], here "
-                    f"{[*batch.token_ids.shape, 'D']}, got {list(x.shape)}: hook another module"
-                )
             new = keep[stored:]
             columns = (batch.token_ids, batch.documents, batch.positions)
             writer.add(x.flatten(0, 1)[new.to(x.device)], *(column.flatten()[new] for column in columns))
@@ -177,7 +172,13 @@ def _forward(model: nn.Module, hook: str, token_ids: Tensor) -> Tensor:
         model(token_ids.to(device))
     if not outputs:
         raise FastSAEError(f"the model's forward pass does not run {hook}: hook another module")
-    return outputs[0]
+    x = outputs[0]
+    if x.ndim != 3 or x.shape[:2] != token_ids.shape:
+        raise FastSAEError(
+            f"the output of {hook} must be [contexts, tokens, width], for {list(token_ids.shape)} token ids "
+            f"got {list(x.shape)}: hook another module"
+        )
+    return x
 
 
 def _choose(keep: Tensor, config: HarvestConfig, number: int) -> Tensor:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastsae.errors import FastSAEError
-from fastsae.files import claim_folder, write_json
+from fastsae.files import RUN_FILE, claim_folder, write_json
 from fastsae.store import DTYPES, FORMAT, INDEX, VERSION, ActivationStore, StoreDtype, shard_name, sums
 
 _SHARD_BYTES = 2**27  # enough contexts to shuffle well, small enough that two of them fit in any memory
@@ -146,12 +146,21 @@ class StoreWriter:
         write_json(self.path / INDEX, index)
         return ActivationStore(self.path)
 
+    def abandon(self) -> None:
+        """Give up after an error: finished shards stay for a resume; with none, the folder is free for another run."""
+        if not self._n_shards:
+            (self.path / RUN_FILE).unlink(missing_ok=True)
+            if not any(self.path.iterdir()):
+                self.path.rmdir()
+
     def __enter__(self) -> StoreWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.close()
+        else:
+            self.abandon()
 
 
 def check_space(path: Path, rows: int, width: int, dtype: StoreDtype) -> None:
