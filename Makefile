@@ -60,7 +60,7 @@ $(VENV)/.torch: $(VENV)/.made
 	@$(PY) .ci/install_torch.py $(TORCH_INSTALL)
 	@$(PY) -c 'import torch; print("torch", torch.__version__, "works here")'
 # What follows may not replace it: another version could be another build.
-	@$(PY) -c 'import torch; print("torch==" + torch.__version__)' > $(VENV)/torch.txt
+	@$(PY) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(VENV)/torch.txt
 	@touch $@
 
 $(VENV)/.all-$(STATE): $(VENV)/.torch

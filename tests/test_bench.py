@@ -8,10 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import checks, readme, results, timing
+from bench import cases, checks, readme, results, timing
 from bench.__main__ import COMMANDS, main
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def dry_run(monkeypatch: pytest.MonkeyPatch):
+    """`bench gpu --dry-run` in this process, with the process left as it was: a run may set what a program owns."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    precision, state = torch.get_float32_matmul_precision(), torch.get_rng_state()
+    yield lambda *args: main(["gpu", "--dry-run", *args])
+    torch.set_float32_matmul_precision(precision)
+    torch.set_rng_state(state)
 
 
 def run(*args: str) -> subprocess.CompletedProcess[str]:
@@ -42,6 +52,30 @@ def test_gpu_dry_run_measures_every_kind_of_case(tmp_path):
 def test_gpu_says_that_there_is_none(capsys):
     assert main(["gpu"]) == 2
     assert "--dry-run" in capsys.readouterr().out
+
+
+def test_a_case_that_fails_is_a_note_and_the_run_goes_on(tmp_path, monkeypatch, dry_run):
+    def broken(device):
+        raise RuntimeError("no such kernel")
+
+    shape = cases.TINY[0]
+    works = cases.Case("encoder", "fine", shape, torch.float32, lambda device: lambda: None)
+    monkeypatch.setattr(cases, "ceilings", lambda: [cases.Case("decode", "bad", shape, torch.float32, broken), works])
+    monkeypatch.setattr(cases, "all_cases", lambda *given: [])
+    monkeypatch.setattr(checks, "decode_checks", broken)
+    monkeypatch.setattr(checks, "step_checks", lambda device: [])
+    assert dry_run("--out", str(tmp_path)) == 1
+    result = json.loads(next(tmp_path.iterdir()).read_text())
+    assert [row.get("note") for row in result["rows"]] == ["RuntimeError: no such kernel", None]
+    assert [check["passed"] for check in result["checks"]] == [False]
+
+
+def test_a_run_that_is_out_of_time_starts_no_case(tmp_path, monkeypatch, dry_run):
+    monkeypatch.setattr(checks, "decode_checks", lambda device: [])
+    monkeypatch.setattr(checks, "step_checks", lambda device: [])
+    assert dry_run("--seconds", "0", "--out", str(tmp_path)) == 0
+    result = json.loads(next(tmp_path.iterdir()).read_text())
+    assert result["rows"] and all(row["note"] == "not started: out of time" for row in result["rows"])
 
 
 def test_a_wrong_decode_is_not_timed():
