@@ -93,6 +93,14 @@ def test_rows_of_w_outside_the_slice_are_not_read():
     assert ((out.double() - truth(indices, values, w_dec)).abs() < 1e-5).all()
 
 
+def test_rows_that_no_slot_names_are_not_read():
+    """Row 0 among them, to which slots past the last round's end would point: 0 · NaN is NaN."""
+    indices, values, w_dec = make(6, 5, 8, 9)
+    indices[indices == 0] = 3
+    w_dec[0] = float("nan")
+    assert ((kernel.decode(indices, values, w_dec).double() - truth(indices, values, w_dec)).abs() < 1e-5).all()
+
+
 def test_an_index_may_appear_twice():
     _, _, w_dec = make(1, 1, 6, 31)
     indices = torch.tensor([[2, 2, 5, 2]], dtype=torch.int32, device=DEVICE)
@@ -140,6 +148,17 @@ def test_offsets_beyond_two_to_the_31(tmp_path):
     indices = torch.tensor([[F - 1, 1]], dtype=torch.int32)
     out = kernel.decode(indices, torch.tensor([[1.0, 0.5]]), w_dec)
     assert out[0].tolist() == [6.0, 12.0, 18.0, 0.0, 0.0]
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="as above")
+def test_offsets_of_rows_beyond_two_to_the_31(tmp_path):
+    """Indices whose third row starts at element 2³¹."""
+    mapped = np.memmap(tmp_path / "indices", dtype=np.int32, mode="w+", shape=(3, 2**30))
+    mapped[:, :2] = [[0, 1], [1, 2], [2, 3]]
+    _, values, w_dec = make(3, 2, 4, 5)
+    out = kernel.decode(torch.from_numpy(mapped)[:, :2], values, w_dec)
+    indices = torch.tensor([[0, 1], [1, 2], [2, 3]])
+    assert ((out.double() - truth(indices, values, w_dec)).abs() < 1e-5).all()
 
 
 @pytest.mark.gpu
