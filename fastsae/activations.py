@@ -9,16 +9,19 @@ Units. Every loss term is a mean over rows (tokens) of a sum, in the units of th
     loss     = mse + sparsity + aux
 
 Because mse grows with the square of the data's scale and L1 linearly, scaling x by s needs a coefficient scaled by s.
-What a coefficient of another source is called here, at width D, for the same data:
+What a coefficient λ of another source is called here, at width D and F latents, for the same data:
 
-    source                                                its loss                              l1_coefficient here
-    Towards Monosemanticity (2023)                        mean_d error² + λ Σ f                 λ · D  (0.004 · 512 = 2.05)
-    April 2024 update, E‖x‖² = D                          Σ_d error² + λ Σ f‖d‖                 λ      (5)
-    SAELens "standard", v4 and later                      Σ_d error² + λ Σ f‖d‖                 λ
-    dictionary_learning StandardTrainer                   Σ_d error² + λ Σ f                    λ
-    dictionary_learning StandardTrainerAprilUpdate        Σ_d error² + λ Σ f‖d‖                 λ
-    loss means over both width and dictionary             mean_d error² + λ mean_f f            λ · D / F
-    nn.MSELoss (means over rows and width) + λ·f.sum(-1)  mean_d error² + λ Σ f                 λ · D
+    source                                           its loss                  l1_coefficient here
+    Towards Monosemanticity (2023)                   mean_d error² + λ Σ f     λ · D  (0.004 · 512 = 2.05)
+    April 2024 update, data with E‖x‖² = D           Σ_d error² + λ Σ f·‖d‖    λ  (5)
+    SAELens, standard                                Σ_d error² + λ Σ f·‖d‖    λ  (before v3: λ · D, a mean over d)
+    dictionary_learning, StandardTrainerAprilUpdate  Σ_d error² + λ Σ f·‖d‖    λ
+    dictionary_learning, StandardTrainer             ‖error‖ + λ Σ f           2 · ‖error‖ · λ, see below
+    nn.MSELoss, and λ · f.sum(-1)                    mean_d error² + λ Σ f     λ · D
+    nn.MSELoss, and λ · f.mean()                     mean_d error² + λ mean f  λ · D / F
+
+An error norm that is not squared has no fixed counterpart: its gradient equals that of Σ_d error² at 2·‖error‖·λ, so
+the coefficient follows from the error that training ends with.
 """
 
 from __future__ import annotations

@@ -7,7 +7,9 @@ Axes: N tokens, K active latents per token, F dictionary size, D width.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -91,9 +93,19 @@ def relu_dense(
 # --- autograd -------------------------------------------------------------------------------------------------------
 
 
-def _with_gradient(
-    code: SparseCode, x: Tensor, weight: Tensor, bias: Tensor, centre: Tensor | None
-) -> SparseCode:
+def _not_autocast(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Under autocast too, an SAE computes in the dtype of its parameters; mixing the two would round sums midway."""
+
+    @functools.wraps(method)
+    def run(ctx: Any, *args: Any) -> Any:
+        device = next(a.device.type for a in args if isinstance(a, Tensor))
+        with torch.autocast(device, enabled=False):
+            return method(ctx, *args)
+
+    return run
+
+
+def _with_gradient(code: SparseCode, x: Tensor, weight: Tensor, bias: Tensor, centre: Tensor | None) -> SparseCode:
     values = _PreActivationsAt.apply(x, weight, bias, centre, code.values, code.indices, code.counts)
     return SparseCode(values, code.indices, code.d_sae, code.counts)
 
@@ -108,6 +120,7 @@ class _PreActivationsAt(torch.autograd.Function):
     """values[n, k] = ⟨x[n] − centre, weight[indices[n, k]]⟩ + bias[indices[n, k]], which the selection has computed."""
 
     @staticmethod
+    @_not_autocast
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, centre: Tensor | None,
         values: Tensor, indices: Tensor, counts: Tensor | None,
@@ -117,6 +130,7 @@ class _PreActivationsAt(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_not_autocast
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, centre, indices, counts = ctx.saved_tensors
         want_x, want_weight, want_bias, want_centre = ctx.needs_input_grad[:4]
@@ -133,7 +147,7 @@ class _PreActivationsAt(torch.autograd.Function):
             d_x = cpu.weighted_rows(weight, flat.feature, d_pre, flat.offsets)
         if want_centre:
             assert d_bias is not None
-            # Σ_n d_x[n] = Σ_f (Σ_n d_pre[n, f]) · weight[f]: one product with a vector instead of a gather for each row.
+            # Σ_n d_x[n] = Σ_f (Σ_n d_pre[n, f]) · weight[f]: a product with a vector instead of a gather for each row.
             d_centre = -(d_bias @ weight)
         return d_x, d_weight, d_bias if want_bias else None, d_centre, None, None, None
 
@@ -142,6 +156,7 @@ class _Decode(torch.autograd.Function):
     """out [N, D], and l1 [N] if weighted (else empty)."""
 
     @staticmethod
+    @_not_autocast
     def forward(
         ctx: Any, values: Tensor, w_dec: Tensor, indices: Tensor, counts: Tensor | None, triton: bool, weighted: bool
     ) -> tuple[Tensor, Tensor]:
@@ -163,6 +178,7 @@ class _Decode(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_not_autocast
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         values, w_dec, indices, counts = ctx.saved_tensors
         d_out, d_l1 = grads[0].contiguous(), grads[1]
@@ -199,6 +215,7 @@ class _ReLUDense(torch.autograd.Function):
     """Forward and backward both make f chunk by chunk, so the code is never kept."""
 
     @staticmethod
+    @_not_autocast
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, w_dec: Tensor, centre: Tensor | None, weighted: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -222,6 +239,7 @@ class _ReLUDense(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_not_autocast
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, w_dec, centre = ctx.saved_tensors
         d_out, d_l1 = grads[0].contiguous(), grads[1]

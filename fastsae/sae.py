@@ -7,13 +7,14 @@ Axes: N tokens (all leading axes of x together), K active latents per token, F d
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from fastsae import activations, ops
+from fastsae import activations, checkpoint, ops
 from fastsae.codes import SparseCode
 from fastsae.errors import ConfigError, DataError, TooDenseError
 
@@ -179,6 +180,8 @@ class SAE(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Decoder rows: random directions of norm init_decoder_norm. Encoder: as cfg.init_encoder. Biases: 0."""
+        if self.device.type == "meta":  # from_pretrained brings the tensors
+            return
         generator = torch.Generator().manual_seed(self.cfg.seed)
         self.W_dec.copy_(self._directions(generator))
         self.encoder.weight.copy_(self.W_dec if self.cfg.init_encoder == "tied" else self._directions(generator))
@@ -227,6 +230,52 @@ class SAE(nn.Module):
         """Undo the normalisation of _rows: [N, D] in the units of x."""
         return rows / self.input_scale + self.input_mean
 
+    @torch.no_grad()
+    def set_input_normalisation(self, mean: Tensor | None = None, scale: float | Tensor = 1.0) -> None:
+        """From now on the SAE computes on (x − mean) · scale and undoes it in its output. mean: [D], or None for 0.
+
+        x̂ stays in the units of x; f, the loss terms and the parameters are in those of the normalised input. For
+        E‖x‖² = D after subtracting the mean, scale = √(D / E‖x − mean‖²).
+        """
+        factor = torch.as_tensor(scale, dtype=torch.float64)
+        mean = torch.zeros(self.cfg.d_in) if mean is None else torch.as_tensor(mean)
+        if mean.shape != (self.cfg.d_in,) or not torch.isfinite(mean).all():
+            raise DataError(f"mean must be {self.cfg.d_in} finite numbers, got shape {tuple(mean.shape)}")
+        if factor.ndim != 0 or not 0 < float(factor) < float("inf"):
+            raise DataError(f"scale must be one positive number, got {factor.tolist()}")
+        self.input_mean.copy_(mean)
+        self.input_scale.copy_(factor)
+
+    @torch.no_grad()
+    def fold_normalisation_(self) -> SAE:
+        """Fold the input's normalisation into the weights and forget it: encode and forward give what they gave.
+
+        Latents keep their values, so decoder rows are divided by the scale (and decoder_norm becomes "free"), and the
+        loss from now on is in the units of x. What an export to another library needs.
+        """
+        mean, scale = self.input_mean.clone(), self.input_scale.clone()
+        # ((x − μ)s − b_dec)·W = (x − (b_dec/s + μ))·sW, and (f·W_dec + b_dec)/s + μ = f·(W_dec/s) + (b_dec/s + μ).
+        self.encoder.weight.mul_(scale)
+        self.W_dec.div_(scale)
+        self.b_dec.div_(scale).add_(mean)
+        if not self.cfg.apply_b_dec_to_input:
+            self.encoder.bias.sub_(self.encoder.weight @ mean)
+        self.set_input_normalisation()
+        if scale != 1:
+            self.cfg = dataclasses.replace(self.cfg, decoder_norm="free")
+        return self
+
+    @torch.no_grad()
+    def initialise_from_data(self, x: Tensor) -> SAE:
+        """Set b_dec to the geometric median of x [..., D], as normalised. A few thousand rows are enough."""
+        from fastsae.optim import geometric_median
+
+        rows = self._rows(x)
+        if rows.shape[0] == 0 or not torch.isfinite(rows).all():
+            raise DataError(f"expected at least one row and finite numbers to start from, got shape {tuple(x.shape)}")
+        self.b_dec.copy_(geometric_median(rows))
+        return self
+
     @property
     def _rule(self) -> type[activations.ReLU] | type[activations.TopK]:
         return activations.RULES[self.cfg.activation]
@@ -246,8 +295,8 @@ class SAE(nn.Module):
         code = self._rule.encode(self, self._rows(x))
         if code is None:
             raise TooDenseError(
-                f"a token has more than max_l0={self.cfg.max_active} active latents of {self.cfg.d_sae}, too many for a "
-                "SparseCode; use encode(x), or raise max_l0 in the SAEConfig"
+                f"a token has more than max_l0={self.cfg.max_active} active latents of {self.cfg.d_sae}, too many for "
+                "a SparseCode; use encode(x), or raise max_l0 in the SAEConfig"
             )
         return dataclasses.replace(code, batch_shape=tuple(x.shape[:-1]))
 
@@ -296,9 +345,7 @@ class SAE(nn.Module):
             x_hat = x_hat.new_zeros(x.numel() // self.cfg.d_in, self.cfg.d_in).index_put((keep,), x_hat)
         code = None if parts.code is None else dataclasses.replace(parts.code, batch_shape=shape)
         l0 = activations.mean_rows(parts.l0)
-        return LossOutput(
-            loss, mse, parts.sparsity, parts.aux, x_hat.reshape(x.shape).to(x.dtype), code, l0, fve
-        )
+        return LossOutput(loss, mse, parts.sparsity, parts.aux, x_hat.reshape(x.shape).to(x.dtype), code, l0, fve)
 
     def _target(self, x: Tensor, target: Tensor) -> Tensor:
         if target.shape != x.shape:
@@ -312,6 +359,20 @@ class SAE(nn.Module):
                 "True keeps a row"
             )
         return mask.reshape(-1).nonzero().squeeze(1)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write cfg.json and sae.safetensors to a folder, which is made if needed."""
+        checkpoint.save(self, folder)
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | os.PathLike[str], *, device: torch.device | str | None = None, revision: str | None = None
+    ) -> SAE:
+        """The SAE that save_pretrained wrote to a folder, or the one under a Hugging Face hub id. In training mode.
+
+        Raises CheckpointError where either is missing, incomplete or of another format.
+        """
+        return checkpoint.load(cls, source, device, revision)
 
     @torch.no_grad()
     def _count_fired(self, fired: Tensor, tokens: int) -> None:

@@ -245,7 +245,9 @@ def test_triton_without_a_gpu_is_one_clear_error():
         ops.decode(code, torch.eye(3), backend="triton")
 
 
-@pytest.mark.parametrize("n_rows,d_sae", [(2048, 16384), (1, 16384), (100_000, 4096), (256, 1024), (8, 512), (8, 1 << 20)])
+@pytest.mark.parametrize(
+    "n_rows,d_sae", [(2048, 16384), (1, 16384), (100_000, 4096), (256, 1024), (8, 512), (8, 1 << 20)]
+)
 def test_chunks_stay_below_a_quarter_of_the_dictionary(n_rows, d_sae):
     assert cpu.chunk_width(n_rows, d_sae) < d_sae / 4
 
