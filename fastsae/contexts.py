@@ -146,10 +146,14 @@ def _concatenate(documents: Iterator[tuple[int, np.ndarray]], body: int, separat
         pending = np.concatenate([pending, new], axis=1)
         full = pending.shape[1] // body * body
         for start in range(0, full, body):
-            yield tuple(pending[:, start : start + body])
+            yield _columns(pending[:, start : start + body])
         pending = pending[:, full:]
     if pending.shape[1]:
-        yield tuple(pending)
+        yield _columns(pending)
+
+
+def _columns(rows: np.ndarray) -> _Context:
+    return rows[0], rows[1], rows[2]
 
 
 def _shuffle(contexts: Iterator[_Context], capacity: int, seed: int) -> Iterator[_Context]:

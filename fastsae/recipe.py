@@ -124,7 +124,7 @@ class TrainConfig(SAEConfig):
         if not self.resample_at:
             return max(1, min(10_000_000, tokens // 10))
         gaps = [b - a for a, b in zip((0.0, *self.resample_at), self.resample_at, strict=False)]
-        return max(1, int(min(gaps) / 2 * tokens))
+        return max(1, round(min(gaps) / 2 * tokens))
 
     @property
     def steps(self) -> int:

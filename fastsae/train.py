@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae.errors import FastSAEError
+from fastsae.errors import DataError, FastSAEError
 from fastsae.files import claim_folder, write_json, write_torch
 from fastsae.harvest import check_options
 from fastsae.interrupt import uninterrupted
@@ -106,7 +106,10 @@ def _step(run: _Run, norm: DecoderNorm, x: Tensor) -> LossOutput:
     for group in optimizer.param_groups:
         group["lr"] = config.lr * lr_factor(run.step, config.steps, config.lr_warmup, config.lr_decay)
     run.penalty = penalty_factor(run.step, config.steps, config.l1_warmup)
-    out = sae.loss(x.to(sae.device, non_blocking=True))
+    try:
+        out = sae.loss(x.to(sae.device, non_blocking=True))
+    except DataError as error:  # rows of a store are finite, so what is not was made here
+        raise DataError(f"in step {run.step + 1}: {error}, or lower lr (it is {config.lr:.2g})") from None
     loss = out.loss if run.penalty == 1.0 else out.mse + run.penalty * out.sparsity + out.aux
     loss.backward()
     norm.project_gradient_()

@@ -1,6 +1,7 @@
 """Harvesting: every stored row is the activation of its token; special tokens never are; nothing is computed twice."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_lm
@@ -17,11 +18,11 @@ TOKENIZER = tiny_lm.tokenizer()
 END = TOKENIZER.eos_token_id
 
 
-def run(out: Path, documents=None, model=None, hook=HOOK, tokenizer=TOKENIZER, **options) -> ActivationStore:
+def run(out: Path, documents: Any = None, model: Any = None, **options: Any) -> ActivationStore:
+    settings: dict[str, Any] = {"hook": HOOK, "tokenizer": TOKENIZER, "context": 32, "shard_rows": 256, "batch_size": 4}
     documents = tiny_lm.documents() if documents is None else documents
-    options = {"context": 32, "shard_rows": 256, "batch_size": 4} | options
-    model = model or tiny_lm.model()
-    return fastsae.harvest(model, tokenizer, documents, hook, out, show_progress=False, **options)
+    settings |= {"documents": documents, "out": out, "show_progress": False} | options
+    return fastsae.harvest(model or tiny_lm.model(), **settings)
 
 
 def everything(store: ActivationStore):
@@ -119,7 +120,7 @@ class Interrupted(Exception):
 
 @pytest.mark.parametrize("passes", [1, 5, 9, 15])
 def test_interrupted_and_resumed_gives_equal_bytes(tmp_path, passes):
-    options = {"tokens_per_context": 20, "tokens": 1500}
+    options: dict[str, Any] = {"tokens_per_context": 20, "tokens": 1500}
     whole = run(tmp_path / "whole", **options)
     model, count = tiny_lm.model(), [0]
 
@@ -159,7 +160,7 @@ def test_a_resumed_run_skips_what_is_stored(tmp_path):
 
 
 def test_bad_input_is_one_clear_line(tmp_path):
-    cases = [
+    cases: list[tuple[str, dict[str, Any]]] = [
         ("expected text, found none", {"documents": []}),
         ("expected text, found none", {"documents": ["", ""]}),
         ("put it into a list", {"documents": "one long string"}),

@@ -52,12 +52,12 @@ def test_capture_reads_tensors_and_first_elements_of_tuples():
     with (
         torch.no_grad(),
         capture(model, "transformer.h.1.attn") as tuples,
-        capture(model, "transformer.h.1") as outputs,
+        capture(model, "transformer.h.1") as blocks,
     ):
         hidden = model(IDS, output_hidden_states=True).hidden_states
     assert tuples[0].shape == (2, 5, 16)
-    assert len(outputs) == 1
-    torch.testing.assert_close(model.transformer.ln_f(outputs[0]), hidden[-1])
+    assert len(blocks) == 1
+    torch.testing.assert_close(model.transformer.ln_f(blocks[0]), hidden[-1])
 
 
 def test_stop_runs_nothing_behind_the_module():

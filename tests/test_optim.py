@@ -43,6 +43,7 @@ def test_clipping_is_torchs(max_norm):
     want = torch.nn.utils.clip_grad_norm_(theirs, max_norm)
     torch.testing.assert_close(norm, want)
     for a, b in zip(ours[:2], theirs[:2], strict=True):
+        assert a.grad is not None and b.grad is not None
         torch.testing.assert_close(a.grad, b.grad)
 
 

@@ -56,7 +56,7 @@ def test_dead_latents_become_inputs_and_the_rest_stays():
 def test_inputs_are_drawn_by_the_square_of_their_loss():
     sae = SAE(d_in=2, d_sae=4000, activation="relu", l1_coefficient=0.0)
     with torch.no_grad():
-        sae.encoder.bias.fill_(-100.0)  # nothing fires: the loss of x is ‖x‖²
+        sae.b_enc.fill_(-100.0)  # nothing fires: the loss of x is ‖x‖²
     x = torch.tensor([[1.0, 0.0], [0.0, 2**0.5]])  # losses 1 and 2, squares 1 and 4
     optimizer = torch.optim.Adam(sae.parameters())
     resample(sae, optimizer, [x], torch.ones(4000, dtype=torch.bool), torch.Generator().manual_seed(0))
@@ -67,9 +67,9 @@ def test_inputs_are_drawn_by_the_square_of_their_loss():
 def test_the_penalty_counts_in_the_loss_of_an_input():
     sae = SAE(d_in=2, d_sae=2000, activation="relu", l1_coefficient=3.0, decoder_norm="free", max_l0=2000)
     with torch.no_grad():
-        sae.encoder.weight.zero_()
+        sae.W_enc.zero_()
         sae.W_dec.zero_()
-        sae.encoder.weight[0] = torch.tensor([1.0, 0.0])
+        sae.W_enc[:, 0] = torch.tensor([1.0, 0.0])
         sae.W_dec[0] = torch.tensor([1.0, 0.0])
     x = torch.tensor([[1.0, 0.0], [0.0, 1.0]])  # losses 0 + 3 · 1 and 1 + 0, squares 9 and 1
     dead = torch.ones(2000, dtype=torch.bool)
@@ -98,7 +98,7 @@ def test_all_dead_and_more_dead_than_inputs():
     n = resample(sae, optimizer, [x[:5]], torch.ones(F, dtype=torch.bool), torch.Generator().manual_seed(0))
     assert n == F
     assert torch.isfinite(sae.loss(x).loss)
-    torch.testing.assert_close(sae.encoder.weight.detach().norm(dim=1), torch.full((F,), 0.2))
+    torch.testing.assert_close(sae.W_enc.detach().norm(dim=0), torch.full((F,), 0.2))
 
 
 def test_counters_and_mode_are_left_alone():
