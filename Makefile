@@ -29,7 +29,7 @@ help:
 
 demo: $(VENV)/.all-$(STATE)
 	@echo '== demo, scale $(SCALE), into $(OUT)'
-	@$(PY) -m fastsae.cli demo --out '$(OUT)' --scale $(SCALE) $(ARGS)
+	@$(VENV)/bin/fastsae demo --out '$(OUT)' --scale $(SCALE) $(ARGS)
 
 test: $(VENV)/.dev-$(STATE)
 	@echo '== tests'
