@@ -50,3 +50,18 @@ def documents(n: int = 30, words: int = 20, seed: int = 0) -> list[str]:
     generator = torch.Generator().manual_seed(seed)
     picks = torch.randint(len(WORDS), (n, words), generator=generator)
     return [" ".join(WORDS[i] for i in row) for row in picks.tolist()]
+
+
+def trained(steps: int = 60) -> Any:
+    """The model after a second of training on `documents`: taking something away from it costs."""
+    network, words = model(), tokenizer()
+    end = words.eos_token_id
+    stream = torch.tensor([i for text in documents(200, seed=9) for i in [end, *words(text).input_ids]])
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
+    batches = stream[: len(stream) // 512 * 512].view(-1, 16, 32)
+    for step in range(steps):
+        batch = batches[step % len(batches)]
+        network(batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return network
