@@ -218,12 +218,14 @@ def train(
     tokenizer: Any = None,
     resume: bool = False,
     on_step: Callable[[int, int, dict], None] | None = None,
+    device: str = "auto",
 ) -> dict:
     """Trains tokenizer (unless given) and model into the folder `out`; returns and writes `lm.json`.
 
     `lm.json` has val_loss, unigram and bigram (nats per token on the same held-out tokens), tokens, seconds. Every
     `checkpoint_every` steps a checkpoint is written; with resume=True the run goes on from it, bit for bit on the CPU.
-    on_step(step, steps, {"loss", "lr", "tokens_per_s"}) is called every 20 steps. Raises FastSAEError for too little
+    on_step(step, steps, {"loss", "lr", "tokens_per_s"}) is called every 20 steps. device: "cpu", "cuda", …; "auto" takes
+    the GPU if there is one. Raises FastSAEError for too little
     text, or when `out` holds a run with another configuration.
     """
     out = Path(out)
@@ -237,11 +239,13 @@ def train(
         if len(stream) < 2 * config.context:
             raise FastSAEError(f"{name} text has {len(stream)} tokens, expected at least {2 * config.context}")
     stream = torch.from_numpy(streams[0].astype(np.int64))
-    model = build_model(config, end_id)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = build_model(config, end_id).to(device)
     optimizer = _optimizer(model, config)
     first, seconds = 0, 0.0
     if resume and checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
+        state = torch.load(checkpoint, weights_only=True, map_location=device)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first, seconds = state["step"], state["seconds"]
@@ -267,7 +271,7 @@ def train(
                 lr = _learning_rate(config, done)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                batch = _contexts(stream, config, done, end_id)
+                batch = _contexts(stream, config, done, end_id).to(device)
                 logits = model(batch[:, :-1], use_cache=False).logits
                 loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
                 loss.backward()

@@ -1,0 +1,269 @@
+"""The command line: `fastsae VERB`. Options are the fields of the config dataclasses, under the same names."""
+
+import errno
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+from fastsae.analysis import AnalyzeConfig
+from fastsae.errors import FastSAEError
+from fastsae.evaluate import EvalConfig
+from fastsae.harvest import HarvestConfig
+from fastsae.lm import MLP_HOOK, LMConfig
+from fastsae.recipe import Preset, TrainConfig
+from fastsae.sae import SAE
+
+try:
+    import tyro
+except ImportError:  # the library works without; the command line says what is missing
+    raise SystemExit("fastsae: the command line needs tyro and rich: pip install 'fastsae[all]'") from None
+
+OnOneLevel = tyro.conf.OmitArgPrefixes
+DESCRIPTION = """Sparse autoencoders: harvest activations, train dictionaries, read the features.
+
+Every verb takes --help, and --json for output that a script can read. Start with: fastsae demo --out demo"""
+
+
+def demo(
+    out: Path,
+    scale: Annotated[str, tyro.conf.arg(metavar="{tiny,laptop,gpu}")] = "laptop",
+) -> dict:
+    """The whole method on built-in text: two language models, their dictionaries, and a report on the features found.
+
+    Args:
+        out: Folder for everything; report.html, results.json and the figures stand at its top. A second run reuses
+            the stages that are finished.
+        scale: tiny (under 3 minutes, to see that it runs), laptop (under 30 minutes on 2 cores), gpu.
+    """
+    from fastsae.demo import demo as run
+
+    return run(out, scale)
+
+
+def lm(
+    out: Path,
+    config: OnOneLevel[LMConfig],
+    text: str = "builtin",
+    text_field: str = "text",
+    device: str = "auto",
+    resume: bool = False,
+) -> dict:
+    """Train a tokenizer and a one-layer transformer; saved so that AutoModelForCausalLM loads it.
+
+    Args:
+        out: New folder for the model.
+        text: builtin, a text file, a .jsonl file, a folder of those, or hf:NAME for a Hugging Face dataset.
+        text_field: Field of a JSONL line or dataset row that holds the text.
+        device: cpu, cuda, …; auto takes the GPU if there is one.
+        resume: Go on with an interrupted run in the folder.
+    """
+    from fastsae import corpus
+    from fastsae import lm as module
+    from fastsae.progress import progress
+
+    documents = corpus.load(text, text_field=text_field)
+    with progress("lm", config.steps * config.batch_tokens) as meter:
+
+        def show(step: int, steps: int, row: dict) -> None:
+            meter.advance(step * config.batch_tokens - meter.done, f"loss {row['loss']:.3f}")
+
+        return module.train(
+            corpus.split_of(documents, "train"),
+            corpus.split_of(documents, "heldout"),
+            config,
+            out,
+            resume=resume,
+            on_step=show,
+            device=device,
+        )
+
+
+def harvest(
+    model: str,
+    out: Path,
+    config: OnOneLevel[HarvestConfig],
+    hook: str = MLP_HOOK,
+    text: str = "builtin",
+    text_field: str = "text",
+    resume: bool = False,
+) -> dict:
+    """Run a causal LM over text and store the activations of one of its modules.
+
+    Args:
+        model: Folder or hub name of a Hugging Face causal LM.
+        out: New folder for the store.
+        hook: Module path, as in model.get_submodule: transformer.h.0.mlp.act, model.layers.3, …
+        text: builtin, a text file, a .jsonl file, a folder of those, or hf:NAME. Its held-out documents are left out.
+        text_field: Field of a JSONL line or dataset row that holds the text.
+        resume: Go on with an interrupted run in the folder.
+    """
+    import fastsae
+    from fastsae import corpus
+    from fastsae import lm as module
+
+    network, tokenizer = module.load(model)
+    documents = corpus.load(text, "train", text_field)
+    store = fastsae.harvest(network, tokenizer, documents, hook, out, config, resume=resume)
+    return {"store": str(out), "count": store.count, "width": store.width, "mean_norm": store.mean_norm}
+
+
+def train(
+    store: Path,
+    out: Path,
+    config: OnOneLevel[TrainConfig],
+    preset: Preset | None = None,
+    resume: bool = False,
+) -> dict:
+    """Train a dictionary on a store.
+
+    Args:
+        store: Folder that `fastsae harvest` wrote.
+        out: New folder for the dictionary, its log and checkpoints.
+        preset: A published recipe to start from; other options are set on top of it.
+        resume: Go on with an interrupted run in the folder.
+    """
+    import fastsae
+
+    fastsae.train(fastsae.ActivationStore(store), config, out, resume=resume)
+    return json.loads((out / "train.json").read_text(encoding="utf-8"))
+
+
+def evaluate(
+    sae: Path,
+    model: str,
+    config: OnOneLevel[EvalConfig],
+    hook: str = MLP_HOOK,
+    text: str = "builtin",
+    text_field: str = "text",
+) -> dict:
+    """Measure a dictionary on held-out text: FVE, L0, dead latents, cross-entropy recovered.
+
+    Args:
+        sae: Folder of the dictionary (the run's folder or its sae/ folder).
+        model: Folder or hub name of the causal LM it was trained on.
+        hook: Module path it was trained on.
+        text: builtin, a text file, a .jsonl file, a folder of those, or hf:NAME; its held-out documents are used.
+        text_field: Field of a JSONL line or dataset row that holds the text.
+    """
+    import fastsae
+    from fastsae import corpus
+    from fastsae import lm as module
+
+    network, tokenizer = module.load(model)
+    documents = corpus.load(text, "heldout", text_field)
+    return fastsae.evaluate(load_sae(sae), network, tokenizer, documents, hook, config).to_dict()
+
+
+def analyze(
+    sae: Path,
+    model: str,
+    out: Path,
+    config: OnOneLevel[AnalyzeConfig],
+    hook: str = MLP_HOOK,
+    text: str = "builtin",
+    text_field: str = "text",
+    other_sae: Path | None = None,
+    other_model: str | None = None,
+) -> dict:
+    """Find the features of scripts, base64 and DNA on held-out text and write a report on them.
+
+    Args:
+        sae: Folder of the dictionary (the run's folder or its sae/ folder).
+        model: Folder or hub name of the causal LM it was trained on.
+        out: New folder; report.html, results.json and the figures.
+        hook: Module path it was trained on.
+        text: builtin, a text file, a .jsonl file, a folder of those, or hf:NAME; its held-out documents are used.
+        text_field: Field of a JSONL line or dataset row that holds the text.
+        other_sae: Dictionary of another run, to look for the same features in.
+        other_model: The causal LM of that other run; same tokenizer.
+    """
+    from fastsae import corpus
+    from fastsae import lm as module
+    from fastsae.analysis import analyze as run
+
+    if (other_sae is None) != (other_model is None):
+        raise FastSAEError("other_sae and other_model go together, got one of them")
+    network, tokenizer = module.load(model)
+    other = None
+    if other_sae is not None and other_model is not None:
+        other = (load_sae(other_sae), module.load(other_model)[0])
+    documents = corpus.load(text, "heldout", text_field)
+    return run(load_sae(sae), network, tokenizer, documents, hook, out, config, other=other)
+
+
+def load_sae(folder: Path) -> SAE:
+    """The SAE in a folder, or in the sae/ folder of a training run."""
+    return SAE.from_pretrained(folder / "sae" if (folder / "sae" / "cfg.json").exists() else folder)
+
+
+VERBS: dict[str, Callable[..., dict]] = {
+    "demo": demo,
+    "lm": lm,
+    "harvest": harvest,
+    "train": train,
+    "eval": evaluate,
+    "analyze": analyze,
+}
+
+
+def _with_preset(argv: Sequence[str]) -> Callable[..., dict]:
+    """`train` with the preset's values as the defaults of its options, so that options on the line go on top."""
+    words = [part for word in argv for part in word.split("=", 1)]
+
+    def given(option: str) -> str | None:
+        return words[words.index(option) + 1] if option in words[:-1] else None
+
+    preset, store = given("--preset"), given("--store")
+    if preset not in get_args(Preset) or store is None:
+        return train
+    import functools
+
+    import fastsae
+
+    config = TrainConfig.preset(preset, d_in=fastsae.ActivationStore(store).width)  # type: ignore[arg-type]
+    return functools.partial(train, config=config)
+
+
+def _print_result(result: dict, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result, indent=1, default=str))
+        return
+    for key, value in result.items():
+        if isinstance(value, (int, float, str)):
+            print(f"{key:24} {value:.4g}" if isinstance(value, float) else f"{key:24} {value}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb. Returns 0; 2 for bad input, with one line on stderr; 130 for Ctrl-C."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    as_json = "--json" in argv
+    argv = [word for word in argv if word != "--json"]
+    try:
+        verbs: dict[str, Any] = dict(VERBS)
+        if argv[:1] == ["train"]:
+            verbs["train"] = _with_preset(argv)
+        result = tyro.extras.subcommand_cli_from_dict(
+            verbs, prog="fastsae", description=DESCRIPTION, args=argv or ["--help"]
+        )
+        _print_result(result, as_json)
+        return 0
+    except FastSAEError as error:
+        return _fail(str(error))
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            return _fail(f"the disk is full ({error.filename or 'writing'}): free some space, then use --resume")
+        return _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
+    except KeyboardInterrupt:
+        print("\nfastsae: interrupted; the same command with --resume goes on from here", file=sys.stderr)
+        return 130
+
+
+def _fail(message: str) -> int:
+    print(f"fastsae: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
