@@ -146,6 +146,7 @@ class SAE(nn.Module):
     Raises ConfigError for fields that cannot be meant, DataError for input of another width.
     """
 
+    encoder: nn.Linear
     tokens_since_fired: Tensor
     input_mean: Tensor
     input_scale: Tensor
@@ -169,7 +170,7 @@ class SAE(nn.Module):
         D, F = config.d_in, config.d_sae
         device = torch.get_default_device() if device is None else device
         factory: dict[str, Any] = {"device": device, "dtype": getattr(torch, config.dtype)}
-        self.encoder = nn.utils.skip_init(nn.Linear, D, F, **factory)
+        self.encoder = nn.Linear(D, F, device="meta", dtype=factory["dtype"]).to_empty(device=device)
         self.W_dec = nn.Parameter(torch.empty(F, D, **factory))
         self.b_dec = nn.Parameter(torch.empty(D, **factory))
         self.register_buffer("input_mean", torch.zeros(D, **factory))
@@ -224,11 +225,15 @@ class SAE(nn.Module):
         if x.device != self.device:
             raise DataError(f"the SAE is on {self.device} and x on {x.device}; move one with .to()")
         rows = x.reshape(-1, self.cfg.d_in).to(self.dtype)
-        return (rows - self.input_mean) * self.input_scale
+        return (rows - self.input_mean) * self.input_scale if self._normalises() else rows
 
     def _restore(self, rows: Tensor) -> Tensor:
         """Undo the normalisation of _rows: [N, D] in the units of x."""
-        return rows / self.input_scale + self.input_mean
+        return rows / self.input_scale + self.input_mean if self._normalises() else rows
+
+    def _normalises(self) -> bool:
+        # Elsewhere than on the CPU asking would wait for the device, which costs more than the two passes it spares.
+        return self.device.type != "cpu" or bool(self.input_scale != 1) or bool(self.input_mean.any())
 
     @torch.no_grad()
     def set_input_normalisation(self, mean: Tensor | None = None, scale: float | Tensor = 1.0) -> None:

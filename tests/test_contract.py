@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 import fastsae
@@ -212,7 +212,7 @@ def ddp_worker(rank: int, world: int, port_file: str) -> None:
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
 def test_distributed_data_parallel(tmp_path) -> None:
-    mp.start_processes(ddp_worker, args=(2, str(tmp_path / "port")), nprocs=2, start_method="spawn")
+    start_processes(ddp_worker, args=(2, str(tmp_path / "port")), nprocs=2, start_method="spawn")
 
 
 def run_python(code: str) -> str:

@@ -25,7 +25,7 @@ def make(activation: str = "topk", **options) -> SAE:
         for p in sae.parameters():
             p += 0.3 * torch.randn(p.shape, generator=gen, dtype=torch.float64).to(p.dtype) * p.square().mean().sqrt()
         sae.encoder.bias -= 0.5
-        sae.b_dec += 0.2
+        sae.b_dec.add_(0.2)
     return sae
 
 
