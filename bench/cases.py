@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import naive
+from bench import naive, step
 from bench.checks import check_decode
 
 Call = Callable[[], object]
@@ -130,8 +130,6 @@ def _step_cases(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
 
 
 def _fastsae_step(shape: Shape, dtype: torch.dtype, device: torch.device, activation: str) -> Call:
-    """Loss, backward, decoder constraint and fused Adam. A learning rate of 0 keeps the code as dense as it starts."""
-    from fastsae.optim import DecoderNorm
     from fastsae.sae import SAE
 
     name: Any = str(dtype).removeprefix("torch.")
@@ -140,18 +138,7 @@ def _fastsae_step(shape: Shape, dtype: torch.dtype, device: torch.device, activa
         # Pre-activations of unit rows on x ~ N(0, 1) are N(0, 1): this bias leaves K of F above 0.
         threshold = torch.special.ndtri(torch.tensor(1 - shape.K / shape.F, dtype=torch.float64))
         sae.b_enc.data.fill_(-float(threshold))
-    x = torch.randn(shape.N, shape.D, device=device, dtype=dtype)
-    optimizer = torch.optim.Adam(sae.parameters(), lr=0.0, fused=True)
-    norm = DecoderNorm(sae)
-
-    def run() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        sae.loss(x).loss.backward()
-        norm.project_gradient_()
-        optimizer.step()
-        norm.renormalise_()
-
-    return run
+    return step.step(sae, torch.randn(shape.N, shape.D, device=device, dtype=dtype))
 
 
 def _naive_step(shape: Shape, dtype: torch.dtype, device: torch.device) -> Call:

@@ -69,11 +69,10 @@ def _caption(machine: Row) -> str:
 
 
 def _step_table(rows: list[Row]) -> str:
-    return _table(
-        ["step", "N", "D", "F", "K", "dtype", "ms (p20 to p80)", "encoder products"],
-        [[row["variant"], row["N"], row["D"], row["F"], row["K"], row["dtype"], _time(row), _number(row, "gemms")]
-         for row in rows],
-    )
+    body = [[row["variant"], _time(row), _number(row, "gemms", 2), _number(row, "extra", 2)] for row in rows]
+    table = _table(["", "ms (p20 to p80)", "encoder products", "allocated beyond gradients, of one [N, F]"], body)
+    sizes = {f"N {row['N']}, D {row['D']}, F {row['F']}, K {row['K']}, {row['dtype']}" for row in rows}
+    return f"{table}\n{'; '.join(sorted(sizes))}.\n"
 
 
 def _gpu_table(rows: list[Row]) -> str:

@@ -48,6 +48,17 @@ def test_gpu_dry_run_measures_every_kind_of_case(tmp_path):
     assert result["machine"]["torch"] == torch.__version__
 
 
+def test_step_measures_ours_and_the_yardsticks(tmp_path, capsys):
+    sizes = ["--n", "64", "--d", "16", "--f", "512", "--k", "4", "--threads", "1", "--rounds", "2"]
+    assert main(["step", *sizes, "--out", str(tmp_path)]) == 0
+    (result,) = results.load("step", tmp_path)
+    rows = {row["variant"]: row for row in result["rows"]}
+    assert {"encoder product", "fastsae topk", "fastsae relu + L1", "naive dense relu + L1"} <= set(rows)
+    assert rows["encoder product"]["gemms"] == 1 and all(row["median_ms"] > 0 for row in rows.values())
+    assert rows["fastsae topk"]["l0"] == pytest.approx(4, abs=0.5)
+    assert "fastsae topk" in readme.fill("<!-- bench: step -->\n<!-- end bench -->\n", tmp_path)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_gpu_says_that_there_is_none(capsys):
     assert main(["gpu"]) == 2
@@ -128,7 +139,7 @@ def test_readme_tables_come_from_the_results(tmp_path, capsys):
     assert main([*arguments, "--check"]) == 1
     assert main(arguments) == 0
     text = file.read_text()
-    assert "| fastsae topk | 8 | 4 | 16 | 2 | float32 | 12.3 (12.0 to 13.0) | 1.8 |" in text
+    assert "| fastsae topk | 12.3 (12.0 to 13.0) | 1.75 |  |" in text and "N 8, D 4, F 16, K 2, float32." in text
     assert "Some CPU (R), 2 threads" in text and "old" not in text
     assert "Not measured yet" in text and text.startswith("Before.") and text.endswith("After.\n")
     assert main([*arguments, "--check"]) == 0
