@@ -2,6 +2,6 @@
 
 from fastsae.analysis.analyze import AnalyzeConfig, analyze
 from fastsae.analysis.collect import Collected, collect
-from fastsae.analysis.proxies import Proxy, script
+from fastsae.analysis.proxies import Proxy, proxies
 
-__all__ = ["AnalyzeConfig", "Collected", "Proxy", "analyze", "collect", "script"]
+__all__ = ["AnalyzeConfig", "Collected", "Proxy", "analyze", "collect", "proxies"]

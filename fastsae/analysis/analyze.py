@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastsae.analysis import effects, goals
 from fastsae.analysis.collect import Collected, Sparse, collect, feature_pearson
-from fastsae.analysis.proxies import BY_NAME, Proxy
+from fastsae.analysis.proxies import Proxy, proxies
 from fastsae.contexts import context_batches
 from fastsae.errors import FastSAEError
 from fastsae.files import write_json
@@ -49,16 +49,11 @@ class AnalyzeConfig:
     """Seeds the samples and the features drawn."""
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.categories if name not in BY_NAME]
-        if unknown or not self.categories:
-            raise FastSAEError(f"categories must be some of {', '.join(BY_NAME)}, got {', '.join(unknown) or 'none'}")
+        if not proxies(self.categories):
+            raise FastSAEError("expected at least one category, got none")
         for name in ("context", "batch_size", "contexts_per_effect", "sample_tokens", "samples", "universality_features"):
             if getattr(self, name) < 1:
                 raise FastSAEError(f"{name} must be at least 1, got {getattr(self, name)}")
-
-    @property
-    def proxies(self) -> tuple[Proxy, ...]:
-        return tuple(BY_NAME[name] for name in self.categories)
 
 
 def analyze(
@@ -83,7 +78,7 @@ def analyze(
     from fastsae import report
 
     config = config or AnalyzeConfig()
-    options = {"proxies": config.proxies, "context": config.context, "batch_size": config.batch_size}
+    options = {"categories": config.categories, "context": config.context, "batch_size": config.batch_size}
     data = collect(
         sae, model, tokenizer, documents, hook, other=other, max_tokens=config.tokens, show_progress=show_progress, **options
     )

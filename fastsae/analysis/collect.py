@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsae.analysis import proxies as proxy_scores
-from fastsae.analysis.proxies import Proxy
+from fastsae.analysis.labels import Spelling, TokenBytes
+from fastsae.analysis.proxies import DEFAULT, Proxy, proxies, score_all
 from fastsae.contexts import context_batches, model_limits
 from fastsae.errors import FastSAEError
 from fastsae.hooks import capture
@@ -133,7 +133,7 @@ def collect(
     documents: Sequence[Any],
     hook: str,
     *,
-    proxies: Sequence[Proxy] = proxy_scores.DEFAULT,
+    categories: Sequence[str | Proxy] = DEFAULT,
     other: tuple[SAE, Any] | None = None,
     context: int = 128,
     batch_size: int = 32,
@@ -142,7 +142,7 @@ def collect(
 ) -> Collected:
     """Runs model and SAE over the documents once.
 
-    other: (SAE, model) of another run with the same tokenizer, to compare with on the same tokens. max_tokens: stop
+    categories: names of scripts, "base64", "DNA", or Proxy objects. other: (SAE, model) of another run with the same tokenizer, to compare with on the same tokens. max_tokens: stop
     after so many tokens. Begin-of-text tokens, separators and padding are left out, as the harvest leaves them out.
     Raises FastSAEError: no text, no such module, activations of another width than the SAE's.
     """
@@ -151,12 +151,13 @@ def collect(
     total = sum(map(len, texts))
     if total == 0:
         raise FastSAEError("expected text to analyze, found none: every document is empty")
-    pieces = proxy_scores.token_bytes(tokenizer)
-    counts = np.bincount(np.concatenate(texts), minlength=len(pieces)) + 1.0
-    scores = np.stack([proxy_scores.scores(p, texts, pieces, counts / counts.sum()) for p in proxies], axis=1)
+    bytes_of = TokenBytes.of(tokenizer)
     first = torch.from_numpy(np.concatenate([[0], np.cumsum([len(ids) for ids in texts])]))
+    numbers = np.repeat(np.arange(len(texts)), [len(ids) for ids in texts])
+    chosen = proxies(categories)
+    scores = score_all(chosen, Spelling.of(np.concatenate(texts), numbers, bytes_of)).T
     scoring = torch.tensor([in_scoring_half(d) for d in documents])
-    wanted = torch.from_numpy(scores)
+    wanted = torch.from_numpy(np.ascontiguousarray(scores))
 
     run = _Pass(sae, model, hook, other)
     done = 0
@@ -179,11 +180,11 @@ def collect(
         half=scoring[docs],
         codes=run.codes.sparse(sae.cfg.d_sae),
         d_sae=sae.cfg.d_sae,
-        proxies=tuple(proxies),
+        proxies=tuple(chosen),
         binary=wanted[where] > 0,
         clipped=wanted[where].clamp(min=0),
         texts=texts,
-        pieces=pieces,
+        pieces=[bytes_of[i] for i in range(len(bytes_of))],
         neuron_max=run.neuron_max,
         neuron_pearson=torch.stack([moments.pearson() for moments in run.by_half]),
         other=run.other_codes.sparse(other[0].cfg.d_sae) if other is not None else None,

@@ -98,7 +98,8 @@ def _best_run(gain: np.ndarray, legal: np.ndarray, documents: np.ndarray, shorte
     return np.maximum(best, np.log(_ELSEWHERE))
 
 
-BASE64 = Charset("base64", string.ascii_letters + string.digits + "+/")
+# A single rare token beats 1/64 a letter under any unigram model: a string of base64 has to be eight tokens long to count.
+BASE64 = Charset("base64", string.ascii_letters + string.digits + "+/=", min_tokens=8)
 DNA = Charset("DNA", "ACGT")
 DEFAULT = ("Arabic", "Hebrew", "Cyrillic", "Greek", "Han", "Kana", "Hangul", "Devanagari", "Thai", "base64", "DNA")
 
