@@ -1,0 +1,242 @@
+"""The report: results of an analysis as one HTML page with figures beside it. Everything from text is escaped."""
+
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from fastsae import figures
+from fastsae.files import write_text
+
+# Bricken et al. 2023, text and published data of A/1: Pearson with the proxy, match in the other run.
+PAPER_PEARSON = {"Arabic": 0.74, "DNA": 0.80, "base64": 0.38, "Hebrew": 0.55}
+PAPER_MATCH = {"Arabic": 0.91}
+
+STYLE = """
+:root{--ink:#1d2730;--soft:#5b6975;--line:#dde3e8;--paper:#fff;--card:#f6f8fa;--hot:213,94,0;--good:#00714f;--bad:#a8400a}
+@media(prefers-color-scheme:dark){:root{--ink:#e4e9ee;--soft:#9fadb9;--line:#33404b;--paper:#151b21;--card:#1d252d;
+--hot:230,120,30;--good:#4cc9a0;--bad:#ff9f66}img{background:#fff}}
+*{box-sizing:border-box}body{margin:0 auto;max-width:980px;padding:24px 16px 80px;background:var(--paper);color:var(--ink);
+font:16px/1.55 system-ui,sans-serif}h1{font-size:1.7rem;line-height:1.2}h2{margin-top:2.6rem;border-top:1px solid var(--line);
+padding-top:1.4rem}h3{margin:1.6rem 0 .4rem}p,li{max-width:72ch}.soft,figcaption{color:var(--soft);font-size:.9rem}
+.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.92rem;font-variant-numeric:tabular-nums}
+th,td{padding:.3rem .7rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
+th:first-child,td:first-child{text-align:left}thead th{color:var(--soft);font-weight:600}
+.yes{color:var(--good);font-weight:600}.no{color:var(--bad);font-weight:600}figure{margin:1rem 0}
+img{max-width:100%;height:auto;border-radius:6px}.ctx{margin:.25rem 0;padding:.35rem .6rem;background:var(--card);
+border-radius:6px;overflow-wrap:anywhere;font-size:.95rem}.ctx span{border-radius:3px;white-space:pre-wrap}
+.ctx .at{outline:1px solid rgb(var(--hot))}.num{color:var(--soft);font-size:.8rem;margin-right:.6rem}
+.sample{background:var(--card);border-radius:6px;padding:.5rem .7rem;margin:.3rem 0;overflow-wrap:anywhere;white-space:pre-wrap}
+dt{font-weight:600;margin-top:.7rem}dd{margin:0;max-width:72ch}nav a{margin-right:1rem}a{color:inherit}
+"""
+
+GLOSSARY = {
+    "base rate": "share of all tokens that belong to the category.",
+    "Pearson": "correlation of the activation with the proxy (belongs / does not), over all held-out tokens of the half of "
+    "the documents that did not choose the feature. 1 is a perfect detector.",
+    "specificity": "of the tokens on which the feature is active, the share inside the category; upper: of those with more "
+    "than half of its largest activation. Lift is specificity over base rate.",
+    "ablation": "rise of the loss, in nats per token, when the feature is set to 0. Inside: on tokens of the category that "
+    "are to be predicted; elsewhere: on all others; top 20: after the 20 strongest activations.",
+    "pinned": "the feature is held at its largest observed value while the model writes from neutral beginnings; the "
+    "figure is the share of probability that goes to tokens of the category.",
+    "match": "correlation with the most similar feature of the dictionary of the other language model, trained from "
+    "another seed.",
+    "CE recovered": "how much of the loss that ablating the layer costs the dictionary wins back. Zero ablation flatters; "
+    "the figure against mean ablation stands beside it.",
+    "L0": "features active per token.",
+    "FVE": "fraction of the activations' variance that the dictionary explains.",
+}
+
+
+def write(results: dict, folder: Path) -> Path:
+    """Writes folder/report.html and its PNG figures; returns the page's path. Parts without results are left out.
+
+    results: what `fastsae.analysis.analyze` returns. Raises FastSAEError where matplotlib is missing.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    categories = results["categories"]
+    parts = [_intro(results), _goals(results.get("goals") or []), _quality(results, folder)]
+    if categories:
+        figures.features_and_neurons(categories, folder / "features_and_neurons.png")
+        parts.append(_table(results))
+        parts += [_card(row, folder) for row in categories]
+    parts.append("<h2 id=words>What the numbers mean</h2><dl>" + "".join(
+        f"<dt>{escape(word)}</dt><dd>{escape(text)}</dd>" for word, text in GLOSSARY.items()) + "</dl>")  # fmt: skip
+    page = (
+        "<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+        f"<title>fastsae report</title><style>{STYLE}</style></head><body>{''.join(parts)}</body></html>"
+    )
+    write_text(folder / "report.html", page)
+    return folder / "report.html"
+
+
+def _intro(results: dict) -> str:
+    links = " ".join(f"<a href='#{_id(row)}'>{escape(row['name'])}</a>" for row in results["categories"])
+    return (
+        f"<h1>Features found at <code>{escape(results['hook'])}</code></h1>"
+        f"<p>A sparse autoencoder with {results['d_sae']:,} features was trained on the {results['d_in']:,} activations of "
+        "this module. For every category of text below, the feature that follows it best was picked on one half of the "
+        f"held-out documents and scored on the other half ({results['tokens']:,} tokens in {results['documents']:,} "
+        "documents in all). The method is that of “Towards Monosemanticity” (Bricken et al. 2023), at a much smaller scale.</p>"
+        f"<nav>{links} <a href='#words'>What the numbers mean</a></nav>"
+    )
+
+
+def _goals(goals: list[dict]) -> str:
+    if not goals:
+        return ""
+    rows = "".join(
+        f"<tr><td>{escape(row['name'])}</td><td>{escape(row['goal'])}</td><td>{escape(row['value'])}</td>"
+        f"<td class={'yes' if row['met'] else 'no'}>{'met' if row['met'] else 'missed'}</td></tr>"
+        for row in goals
+    )
+    met = sum(row["met"] for row in goals)
+    return f"<h2>Goals: {met} of {len(goals)} met</h2>" + _frame(("", "goal", "here", ""), rows)
+
+
+def _frame(head: tuple[str, ...], rows: str) -> str:
+    cells = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    return f"<div class=wide><table><thead><tr>{cells}</tr></thead><tbody>{rows}</tbody></table></div>"
+
+
+def _row(*cells: Any) -> str:
+    return "<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in cells) + "</tr>"
+
+
+def _quality(results: dict, folder: Path) -> str:
+    runs = [(name, results["quality"][name]) for name in ("a", "b") if name in results["quality"]]
+    if not runs:
+        return ""
+    lines = [
+        ("LM: held-out loss, nats per token", "lm", "val_loss", ".3f"),
+        ("LM: interpolated bigram on the same tokens", "lm", "bigram", ".3f"),
+        ("LM: unigram", "lm", "unigram", ".3f"),
+        ("LM: tokens seen", "lm", "tokens", ",.0f"),
+        ("SAE: tokens seen", "train", "tokens", ",.0f"),
+        ("SAE: L0", "eval", "l0", ".1f"),
+        ("SAE: FVE", "eval", "fve", ".3f"),
+        ("SAE: dead features", "eval", "dead", ".1%"),
+        ("loss as it is", "eval", "ce_raw", ".3f"),
+        ("loss through the SAE", "eval", "ce_spliced", ".3f"),
+        ("loss, layer set to zero", "eval", "ce_zero", ".3f"),
+        ("loss, layer set to its mean", "eval", "ce_mean", ".3f"),
+        ("CE recovered, against zero (paper: 79 %)", "eval", "recovered_zero", ".1%"),
+        ("CE recovered, against mean", "eval", "recovered_mean", ".1%"),
+    ]
+    rows = "".join(_row(label, *(format(run[part][key], form) for _, run in runs)) for label, part, key, form in lines)
+    first = runs[0][1]["eval"]
+    figures.density(first["histogram"], first["histogram_edges"], folder / "density.png")
+    return (
+        "<h2>Quality</h2>" + _frame(("", *(f"run {name.upper()}" for name, _ in runs)), rows)
+        + _image("density.png", "Histogram of feature densities", "How often features fire (run A).")
+    )  # fmt: skip
+
+
+def _image(name: str, alt: str, caption: str) -> str:
+    return f"<figure><img src='{name}' alt='{escape(alt)}'><figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def _table(results: dict) -> str:
+    rows = "".join(
+        _row(
+            row["name"], f"{row['base_rate']:.2%}", f"{row['pearson']:.2f}", PAPER_PEARSON.get(row["name"], "–"),
+            f"{row['neuron_pearson']:.2f}", f"{row['advantage']:+.2f}", f"{row['specificity']:.0%}",
+            f"{row['specificity_upper']:.0%}", f"{row['lift_upper']:.0f}×", *_effects(row),
+        )
+        for row in results["categories"]
+    )  # fmt: skip
+    head = ("category", "base rate", "Pearson", "paper", "best neuron", "advantage", "specificity", "upper half",
+            "lift there", "ΔNLL inside", "elsewhere", "pinned", "unpinned", "neuron pinned", "match", "paper")  # fmt: skip
+    universal = results.get("universality")
+    note = (
+        f"<p>Over {universal['count']} features drawn at random the median best match in the other run is "
+        f"{universal['features']:.2f}; over all neurons it is {universal['neurons']:.2f} (paper: .72 and .46).</p>"
+        if universal else ""
+    )  # fmt: skip
+    image = _image("features_and_neurons.png", "Best feature and best neuron per category", "")
+    return f"<h2>The features, beside the paper’s figures</h2>{_frame(head, rows)}{image}{note}"
+
+
+def _effects(row: dict) -> list[str]:
+    ablation, pinning, match = row["ablation"], row["pinning"], row["match"]
+    cells = [f"{ablation['inside']:+.3f}", f"{ablation['outside']:+.4f}"] if ablation else ["–", "–"]
+    keys = ("pinned", "unpinned", "neuron")
+    cells += [f"{pinning[key]:.3f}" for key in keys] if pinning else ["–"] * 3
+    return [*cells, f"{match['pearson']:.2f}" if match else "–", str(PAPER_MATCH.get(row["name"], "–"))]
+
+
+def _id(row: dict) -> str:
+    return "c-" + "".join(c if c.isalnum() else "-" for c in row["name"])
+
+
+def _card(row: dict, folder: Path) -> str:
+    name, stem = row["name"], _id(row)
+    figures.activations(row["bins"], name, folder / f"{stem}-activations.png")
+    figures.expected_value(row["bins"], name, folder / f"{stem}-expected.png")
+    parts = [
+        f"<h2 id='{stem}'>{escape(name)}: feature {row['feature']}</h2>"
+        f"<p>Fires on {row['density']:.2%} of tokens, at most {row['max']:.1f}. "
+        f"Pearson {row['pearson']:.2f} ({row['pearson_clipped']:.2f} with the graded proxy), recall {row['recall']:.0%}; the "
+        f"best neuron, {row['neuron']}, has {row['neuron_pearson']:.2f}. "
+        f"Largest decoder coefficients: {', '.join(f'neuron {n}: {c:+.2f}' for n, c in row['neurons'])}.</p>",
+        _image(f"{stem}-activations.png", f"Activations inside and outside {name}",
+               f"Active tokens by activation; the percentage is the share of {name} in the interval (log scale)."),
+        _image(f"{stem}-expected.png", "Expected value", "The same weighted by activation."),
+        _logit_part(row, stem, folder),
+        _ablation_part(row),
+        _pinning_part(row),
+        "<h3>Where it fires most</h3>" + "".join(_context(c, row["max"]) for c in row["contexts"]),
+    ]  # fmt: skip
+    return "".join(parts)
+
+
+def _logit_part(row: dict, stem: str, folder: Path) -> str:
+    if not row["logits"]:
+        return ""
+    figures.logits(row["logits"], row["name"], folder / f"{stem}-logits.png")
+    lists = "".join(
+        f"<p>{label}: " + ", ".join(f"<bdi>{escape(_visible(t))}</bdi> <span class=soft>{v:+.2f}</span>" for t, v in row["logits"][key]) + "</p>"
+        for key, label in (("top", "It makes likelier"), ("bottom", "and less likely"))
+    )  # fmt: skip
+    return _image(f"{stem}-logits.png", "Logit weights", "What one unit of activation does to every token’s logit.") + lists
+
+
+def _ablation_part(row: dict) -> str:
+    if not row["ablation"]:
+        return ""
+    a = row["ablation"]
+    return (
+        f"<p>Set to zero, the loss rises by {a['inside']:+.3f} nats per token on {a['tokens_inside']:,} tokens inside the "
+        f"category, by {a['outside']:+.4f} elsewhere, and by {a['top']:+.2f} after the 20 strongest activations.</p>"
+    )
+
+
+def _pinning_part(row: dict) -> str:
+    if not row["pinning"]:
+        return ""
+    p = row["pinning"]
+    labels = {
+        "unpinned": "untouched",
+        "pinned": f"feature pinned at {p['value']:.1f}",
+        "neuron": f"neuron {row['neuron']} pinned at {p['neuron_value']:.1f}",
+    }
+    parts = []
+    for key, label in labels.items():
+        samples = "".join(f"<div class=sample dir=auto>{escape(_visible(text))}</div>" for text in p["samples"][key])
+        parts.append(f"<h4>{escape(label)}: {p[key]:.1%} of the probability on {escape(row['name'])}</h4>{samples}")
+    return "<h3>What the model writes from nothing, a new line, and a count to ten</h3>" + "".join(parts)
+
+
+def _visible(text: str) -> str:
+    return "".join("⏎" if c == "\n" else "⇥" if c == "\t" else c if c.isprintable() or c == " " else "\ufffd" for c in text)
+
+
+def _context(context: dict, highest: float) -> str:
+    spans = []
+    for i, (token, value) in enumerate(zip(context["tokens"], context["activations"], strict=True)):
+        shade = f" style='background:rgba(var(--hot),{min(1.0, value / max(highest, 1e-9)) * 0.8:.2f})'" if value > 0 else ""
+        mark = " class=at" if i == context["at"] else ""
+        spans.append(f"<span{mark}{shade} title='{value:.2f}'>{escape(_visible(token))}</span>")
+    value = context["activations"][context["at"]]
+    return f"<div class=ctx dir=auto><bdi class=num>{value:.1f}</bdi>{''.join(spans)}</div>"
