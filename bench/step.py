@@ -76,7 +76,15 @@ def run(
     rows = []
     for name, spent in times.items():
         timed = timing.summarise(spent)
-        row = {"op": "step", "variant": name, "N": n, "D": d, "F": f, "K": k, "dtype": str(dtype).removeprefix("torch.")}
+        row = {
+            "op": "step",
+            "variant": name,
+            "N": n,
+            "D": d,
+            "F": f,
+            "K": k,
+            "dtype": str(dtype).removeprefix("torch."),
+        }
         row |= timed.row() | {"gemms": timed.median_ms / product}
         if name in ours:
             row |= {"l0": float(ours[name].loss(x).l0), "extra": extra_memory(ours[name], x)}

@@ -24,7 +24,7 @@ def make(activation: str = "topk", **options) -> SAE:
     with torch.no_grad():  # away from the start, where the encoder is the decoder and biases are 0
         for p in sae.parameters():
             p += 0.3 * torch.randn(p.shape, generator=gen, dtype=torch.float64).to(p.dtype) * p.square().mean().sqrt()
-        sae.encoder.bias -= 0.5
+        sae.encoder.bias.sub_(0.5)
         sae.b_dec.add_(0.2)
     return sae
 
@@ -183,8 +183,8 @@ def test_auxk_is_off_without_dead_latents_in_eval_and_by_its_coefficient() -> No
 
 def test_dead_latents_are_counted_in_tokens_and_only_in_training() -> None:
     sae = make()
+    fired = sae.encode(data(5, 4, D)).reshape(-1, F).gt(0).any(0)
     for _ in range(2):
-        fired = sae.encode(data(5, 4, D)).reshape(-1, F).gt(0).any(0)
         sae.loss(data(5, 4, D))
     assert (sae.tokens_since_fired[fired] == 0).all() and (sae.tokens_since_fired[~fired] == 40).all()
     before = sae.tokens_since_fired.clone()

@@ -1,0 +1,51 @@
+"""Loss and backward never make a tensor near [N, F], and together allocate little beyond the gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastsae
+from bench.allocations import Watch
+from bench.naive import NaiveSAE
+from bench.step import sae_for
+
+
+def watched(sae: fastsae.SAE, x: torch.Tensor) -> Watch:
+    gradients = (tuple(sae.W_dec.shape),)
+    with Watch(x, *sae.parameters(), *sae.buffers(), ignore=gradients) as watch:
+        sae.loss(x).loss.backward()
+    return watch
+
+
+@pytest.mark.parametrize("variant", ["topk", "relu", "topk with dead latents", "relu, dense"])
+def test_no_tensor_of_a_quarter_of_tokens_times_features(variant) -> None:
+    N, D, F, K = 1024, 64, 4096, 16
+    x = torch.randn(N, D, generator=torch.Generator().manual_seed(0))
+    sae = sae_for(variant, x, F, K)
+    if "dead" in variant:
+        sae.tokens_since_fired[: F // 2] = sae.cfg.dead_after_tokens
+    if "dense" in variant:
+        with torch.no_grad():
+            sae.encoder.bias.zero_()
+    watch = watched(sae, x)
+    assert watch.largest < N * F / 4, watch.largest_is
+    assert watch.largest >= N * F / 8, "the chunk of pre-activations itself has to be seen"
+
+
+@pytest.mark.parametrize("variant", ["topk", "relu"])
+def test_a_quarter_of_one_dense_code_is_enough_beyond_the_gradients(variant) -> None:
+    N, D, F, K = 2048, 512, 16384, 32
+    x = torch.randn(N, D, generator=torch.Generator().manual_seed(0))
+    watch = watched(sae_for(variant, x, F, K), x)
+    assert watch.largest < N * F / 4, watch.largest_is
+    assert N * F * 4 / 10 < watch.peak <= N * F * 4 / 4
+
+
+def test_the_watch_sees_what_a_dense_step_allocates() -> None:
+    N, D, F = 256, 16, 1024
+    sae = NaiveSAE(D, F, torch.float32, torch.device("cpu"))
+    x = torch.randn(N, D)
+    with Watch(x, *sae.parameters()) as watch:
+        sae.loss(x).backward()
+    assert watch.largest == N * F and watch.peak >= 2 * N * F * 4
