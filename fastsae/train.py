@@ -153,8 +153,7 @@ class _Run:
         device = config.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.sae = SAE(config.sae) if checkpoint else start(config, store)
-        self.sae.to(device)
+        self.sae = SAE(config.sae, device=device) if checkpoint else start(config, store, device)
         self.optimizer = torch.optim.Adam(
             self.sae.parameters(), lr=config.lr, betas=(config.beta1, config.beta2), fused=True
         )

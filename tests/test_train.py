@@ -213,6 +213,18 @@ def test_start_from_data(store, normalise, init_b_dec):
     assert_same(sae, start(config, store))
 
 
+@pytest.mark.parametrize("apply_b_dec_to_input", [True, False])
+def test_a_sparse_start(store, apply_b_dec_to_input):
+    options: dict[str, Any] = {"d_sae": 300, "activation": "relu", "apply_b_dec_to_input": apply_b_dec_to_input}
+    sae = start(TrainConfig(init_l0=12, **options).complete(D, N), store)
+    rate = (sae.encode(activations()) > 0).float().mean(0)  # [300], wanted 12 / 300
+    assert rate.mean() == pytest.approx(0.04, rel=0.01) and rate.std() < 0.001
+    dense = start(TrainConfig(init_l0=0, **options).complete(D, N), store)
+    assert not dense.b_enc.any()
+    few = start(TrainConfig(init_l0=64, **options | {"d_sae": 8}).complete(D, N), store)
+    assert (few.encode(activations()) > 0).float().mean() == pytest.approx(0.5, abs=0.01)
+
+
 def test_training_learns_the_same_at_any_scale_of_the_data():
     """What normalisation is for: the penalty means the same for activations a hundred times larger."""
     rows = []
