@@ -1,0 +1,46 @@
+import pytest
+
+from fastsae import cli
+
+
+@pytest.mark.parametrize("verb", list(cli.VERBS))
+def test_every_verb_has_help_for_every_option(verb, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([verb, "--help"])
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    assert "--out" in shown or "--sae" in shown
+    assert len(shown.splitlines()) > 10
+
+
+def test_bad_text_is_one_line_and_exit_2(tmp_path, capsys):
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes("déjà vu".encode("latin1"))
+    assert cli.main(["lm", "--out", str(tmp_path / "lm"), "--text", str(latin)]) == 2
+    message = capsys.readouterr().err.strip()
+    assert "not UTF-8" in message and "\n" not in message
+    assert not (tmp_path / "lm").exists()
+
+
+def test_a_preset_gives_the_defaults_and_options_go_on_top(tmp_path):
+    import torch
+
+    from fastsae.store_writer import StoreWriter
+
+    writer = StoreWriter(tmp_path / "store", width=16, dtype="float32", meta={}, seed=0)
+    rows = torch.randn(256, 16)
+    number = torch.arange(256)
+    writer.add(rows, number, number, number)
+    writer.close()
+    argv = ["train", "--store", str(tmp_path / "store"), "--out", "x", "--preset", "monosemanticity"]
+    config = cli._with_preset(argv).keywords["config"]
+    assert config.activation == "relu" and config.l1_coefficient == pytest.approx(0.004 * 16)
+
+
+def test_ctrl_c_says_how_to_go_on(monkeypatch, capsys):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.tyro.extras, "subcommand_cli_from_dict", stop)
+    assert cli.main(["demo"]) == 130
+    assert "--resume" in capsys.readouterr().err
