@@ -97,7 +97,9 @@ def decode_utf8(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     for k in range(1, 4):
         rest = data[np.minimum(starts + k, len(data) - 1)].astype(np.int64) & 0x3F
         points = np.where(wanted > k, points << 6 | rest, points)
-    return np.where(lengths == wanted, points, 0xFFFD), character
+    shortest = np.array([0, 0, 0x80, 0x800, 0x10000])[wanted]  # a code point written with more bytes than it needs
+    whole = (lengths == wanted) & (points >= shortest) & (points <= 0x10FFFF)
+    return np.where(whole, points, 0xFFFD), character
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,11 @@ class Spelling:
         holds = np.concatenate([[0], np.cumsum(condition)])
         spans = np.diff(self.starts)
         return (holds[self.starts[1:]] - holds[self.starts[:-1]] == spans) & (spans > 0)
+
+    def any_byte(self, condition: np.ndarray) -> np.ndarray:
+        """[N] bool: whether a condition, bool [B], holds for some byte of a token."""
+        holds = np.concatenate([[0], np.cumsum(condition)])
+        return holds[self.starts[1:]] > holds[self.starts[:-1]]
 
     @cached_property
     def scripts(self) -> np.ndarray:

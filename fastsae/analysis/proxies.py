@@ -57,49 +57,49 @@ class Charset:
     log P(s | h) / P(s) = Σ over the tokens of s (−characters · log |alphabet| − log p(token)), p being unigram
     probabilities in the text at hand; −∞ once a token has any other character.
 
-    min_tokens, max_tokens: length of s. A lone rare letter is likelier under "any of 64" than as a word of English, so
-    one token proves nothing; the longest runs stop mattering after a while.
-    threshold: nats that a string must have in its favour, taken off the value: strings are chosen as the best of many.
+    classes: parts of the alphabet that s must all have a character of. Unigrams make every rare name of a program
+    look drawn at random; a name rarely has capitals, small letters and digits together, a run of base64 hardly ever
+    has not. min_tokens, max_tokens: length of s; one token proves nothing, and far ones stop mattering.
     """
 
     name: str
     alphabet: str
+    classes: tuple[str, ...] = ()
     min_tokens: int = 2
     max_tokens: int = 16
-    threshold: float = 0.0
 
     def score(self, spelling: Spelling) -> np.ndarray:
         """See Proxy."""
-        legal_bytes = np.zeros(256, dtype=bool)
-        legal_bytes[list(self.alphabet.encode())] = True
-        legal = spelling.all_bytes(legal_bytes[spelling.data])
+        legal = spelling.all_bytes(_members(self.alphabet)[spelling.data])
         counts = np.bincount(spelling.token_ids, minlength=len(spelling.bytes_of))
         log_p = np.log((counts + 1) / (len(spelling) + len(counts)))[spelling.token_ids]
-        gain = -np.diff(spelling.starts) * np.log(len(self.alphabet)) - log_p
-        return (_best_run(gain, legal, spelling.documents, self.min_tokens, self.max_tokens) - self.threshold).astype(
-            np.float32
-        )
+        gain = np.where(legal, -np.diff(spelling.starts) * np.log(len(self.alphabet)) - log_p, -np.inf)
+        has = [spelling.any_byte(_members(part)[spelling.data]) for part in self.classes]
+        best = np.full(len(gain), -np.inf)
+        total, seen = gain.copy(), [part.copy() for part in has]  # of the run of `length` tokens that ends at n
+        for length in range(1, min(self.max_tokens, len(gain)) + 1):
+            if length > 1:  # the same run, one token longer at its left end
+                step = length - 1
+                same = spelling.documents[:-step] == spelling.documents[step:]
+                total[step:] = np.where(same, total[step:] + gain[:-step], -np.inf)
+                total[:step] = -np.inf
+                for now, part in zip(seen, has, strict=True):
+                    now[step:] |= part[:-step]
+            if length >= self.min_tokens:
+                complete = np.logical_and.reduce(seen) if seen else True
+                best = np.maximum(best, np.where(complete, total, -np.inf))
+        return np.maximum(best, np.log(_ELSEWHERE)).astype(np.float32)
 
 
-def _best_run(gain: np.ndarray, legal: np.ndarray, documents: np.ndarray, shortest: int, longest: int) -> np.ndarray:
-    """[N]: the largest sum of `gain` over shortest … longest legal tokens in a row that end at n, in one document."""
-    best = np.full(len(gain), -np.inf)
-    total = np.where(legal, gain, -np.inf)  # of the run of one token
-    for length in range(1, longest + 1):
-        if length > 1:
-            if length > len(gain):
-                break
-            # The run of this length that ends at n is the one before, one token longer at its left end.
-            first = np.arange(len(gain)) - length + 1
-            fits = (first >= 0) & (documents[np.maximum(first, 0)] == documents) & legal[np.maximum(first, 0)]
-            total = np.where(fits, total + gain[np.maximum(first, 0)], -np.inf)
-        if length >= shortest:
-            best = np.maximum(best, total)
-    return np.maximum(best, np.log(_ELSEWHERE))
+def _members(alphabet: str) -> np.ndarray:
+    """[256] bool: the bytes of an ASCII alphabet."""
+    table = np.zeros(256, dtype=bool)
+    table[list(alphabet.encode("ascii"))] = True
+    return table
 
 
-# A single rare token beats 1/64 a letter under any unigram model: a string of base64 has to be eight tokens long to count.
-BASE64 = Charset("base64", string.ascii_letters + string.digits + "+/=", min_tokens=8)
+_CLASSES = (string.ascii_uppercase, string.ascii_lowercase, string.digits + "+/")
+BASE64 = Charset("base64", "".join(_CLASSES), _CLASSES, min_tokens=4, max_tokens=24)
 DNA = Charset("DNA", "ACGT")
 DEFAULT = ("Arabic", "Hebrew", "Cyrillic", "Greek", "Han", "Kana", "Hangul", "Devanagari", "Thai", "base64", "DNA")
 
