@@ -1,4 +1,4 @@
-"""Text to train on: the built-in corpus, and readers for your own files. A document is kept whole: never split over sets.
+"""Text to train on: the built-in corpus, and readers for your own files. A document is never split over sets.
 
 The built-in corpus (11.5M characters, sources and licences in `fastsae/data/SOURCES.md`) is mostly English, European
 languages and code, with many kinds of text that are rare on purpose (each script 0.3–1 % of the tokens).

@@ -200,7 +200,9 @@ def _say(line: str) -> None:
 
 def _run_branches(out: Path, scale_name: str) -> None:
     """Both branches at the same time, each in a process with half of the cores; on a GPU one after the other."""
-    threads = max(1, len(os.sched_getaffinity(0)) // 2 if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 2) // 2)
+    threads = max(
+        1, len(os.sched_getaffinity(0)) // 2 if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 2) // 2
+    )
     groups = [[name] for name in BRANCHES] if torch.cuda.is_available() else [list(BRANCHES)]
     for group in groups:
         children = {name: _start(out, scale_name, name, threads) for name in group}

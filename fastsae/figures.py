@@ -25,7 +25,9 @@ def features_and_neurons(categories: list[dict], path: Path) -> None:
     rows = sorted(categories, key=lambda row: row["pearson"])
     for y, row in enumerate(rows):
         axes.plot([row["neuron_pearson"], row["pearson"]], [y, y], color="#c5ced6", lw=3, zorder=1)
-    axes.scatter([row["neuron_pearson"] for row in rows], range(len(rows)), color=OUTSIDE, s=60, label="best neuron", zorder=2)
+    axes.scatter(
+        [row["neuron_pearson"] for row in rows], range(len(rows)), color=OUTSIDE, s=60, label="best neuron", zorder=2
+    )
     axes.scatter([row["pearson"] for row in rows], range(len(rows)), color=INSIDE, s=60, label="best feature", zorder=3)
     axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
     axes.set_xlim(0, 1)

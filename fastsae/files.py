@@ -21,7 +21,9 @@ def _replace(path: Path, write: Any) -> None:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise FastSAEError(f"could not write {path}: {error.strerror or error}; free some space or choose another folder") from error
+        raise FastSAEError(
+            f"could not write {path}: {error.strerror or error}; free some space or choose another folder"
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -56,9 +58,13 @@ def claim_folder(folder: Path, kind: str, config: dict, resume: bool) -> None:
     if marker.exists():
         there = json.loads(marker.read_text(encoding="utf-8"))
         if there != wanted:
-            raise FastSAEError(f"{folder} holds another run ({_difference(there, wanted)}); choose another folder or remove it")
+            raise FastSAEError(
+                f"{folder} holds another run ({_difference(there, wanted)}); choose another folder or remove it"
+            )
         if not resume:
-            raise FastSAEError(f"{folder} holds this run already; resume it (--resume), choose another folder or remove it")
+            raise FastSAEError(
+                f"{folder} holds this run already; resume it (--resume), choose another folder or remove it"
+            )
         return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FastSAEError(f"{folder} is not an empty folder and not a run of fastsae; choose another one")

@@ -1,7 +1,7 @@
 """A language model to look into: byte-level BPE and the one-layer transformer of "Towards Monosemanticity".
 
-One attention block and one ReLU MLP, learned positions, untied embeddings: a `GPT2LMHeadModel` with `n_layer=1`, so that
-whatever reads Hugging Face folders reads this one. The activations of interest are the MLP's neurons after the ReLU, at
+One attention block and one ReLU MLP, learned positions, untied embeddings: a `GPT2LMHeadModel` with `n_layer=1`, so
+that whatever reads Hugging Face folders reads this one. The activations of interest are the MLP's neurons after the ReLU, at
 the module path `MLP_HOOK` (width d_mlp).
 """
 
@@ -171,7 +171,9 @@ def load(folder: str | Path) -> tuple[Any, Any]:
 def _contexts(stream: Tensor, config: LMConfig, step: int, end_id: int) -> Tensor:
     """The batch of one step, [B, context + 1]: END, then a window of the stream. A function of (seed, step) alone."""
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-    starts = torch.randint(0, len(stream) - config.context, (config.batch_tokens // config.context,), generator=generator)
+    starts = torch.randint(
+        0, len(stream) - config.context, (config.batch_tokens // config.context,), generator=generator
+    )
     windows = stream[starts[:, None] + torch.arange(config.context)]
     return torch.cat([torch.full((len(starts), 1), end_id), windows], dim=1)
 
@@ -224,8 +226,8 @@ def train(
 
     `lm.json` has val_loss, unigram and bigram (nats per token on the same held-out tokens), tokens, seconds. Every
     `checkpoint_every` steps a checkpoint is written; with resume=True the run goes on from it, bit for bit on the CPU.
-    on_step(step, steps, {"loss", "lr", "tokens_per_s"}) is called every 20 steps. device: "cpu", "cuda", …; "auto" takes
-    the GPU if there is one. Raises FastSAEError for too little
+    on_step(step, steps, {"loss", "lr", "tokens_per_s"}) is called every 20 steps. device: "cpu", "cuda", …; "auto"
+    takes the GPU if there is one. Raises FastSAEError for too little
     text, or when `out` holds a run with another configuration.
     """
     out = Path(out)
@@ -241,7 +243,8 @@ def train(
     stream = torch.from_numpy(streams[0].astype(np.int64))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = build_model(config, end_id).to(device)
+    model: Any = build_model(config, end_id)
+    model.to(device)
     optimizer = _optimizer(model, config)
     first, seconds = 0, 0.0
     if resume and checkpoint.exists():

@@ -199,7 +199,10 @@ def _logit_part(row: dict, stem: str, folder: Path) -> str:
         f"<p>{label}: " + ", ".join(f"<bdi>{escape(_visible(t))}</bdi> <span class=soft>{v:+.2f}</span>" for t, v in row["logits"][key]) + "</p>"
         for key, label in (("top", "It makes likelier"), ("bottom", "and less likely"))
     )  # fmt: skip
-    return _image(f"{stem}-logits.png", "Logit weights", "What one unit of activation does to every token’s logit.") + lists
+    return (
+        _image(f"{stem}-logits.png", "Logit weights", "What one unit of activation does to every token’s logit.")
+        + lists
+    )
 
 
 def _ablation_part(row: dict) -> str:
@@ -229,13 +232,19 @@ def _pinning_part(row: dict) -> str:
 
 
 def _visible(text: str) -> str:
-    return "".join("⏎" if c == "\n" else "⇥" if c == "\t" else c if c.isprintable() or c == " " else "\ufffd" for c in text)
+    return "".join(
+        "⏎" if c == "\n" else "⇥" if c == "\t" else c if c.isprintable() or c == " " else "\ufffd" for c in text
+    )
 
 
 def _context(context: dict, highest: float) -> str:
     spans = []
     for i, (token, value) in enumerate(zip(context["tokens"], context["activations"], strict=True)):
-        shade = f" style='background:rgba(var(--hot),{min(1.0, value / max(highest, 1e-9)) * 0.8:.2f})'" if value > 0 else ""
+        shade = (
+            f" style='background:rgba(var(--hot),{min(1.0, value / max(highest, 1e-9)) * 0.8:.2f})'"
+            if value > 0
+            else ""
+        )
         mark = " class=at" if i == context["at"] else ""
         spans.append(f"<span{mark}{shade} title='{value:.2f}'>{escape(_visible(token))}</span>")
     value = context["activations"][context["at"]]

@@ -22,8 +22,12 @@ def demo(tmp_path_factory):
 def test_tiny_leaves_a_report_results_and_figures(demo):
     results = json.loads((demo / "results.json").read_text(encoding="utf-8"))
     page = (demo / "report.html").read_text(encoding="utf-8")
-    assert results["categories"] and all(f"{row['name']}: feature {row['feature']}" in page for row in results["categories"])
-    assert all((demo / name).read_bytes().startswith(b"\x89PNG") for name in ("density.png", "features_and_neurons.png"))
+    assert results["categories"] and all(
+        f"{row['name']}: feature {row['feature']}" in page for row in results["categories"]
+    )
+    assert all(
+        (demo / name).read_bytes().startswith(b"\x89PNG") for name in ("density.png", "features_and_neurons.png")
+    )
     for branch in ("a", "b"):
         quality = results["quality"][branch]
         assert quality["lm"]["val_loss"] < quality["lm"]["unigram"]
@@ -69,10 +73,16 @@ def test_verbs_work_on_what_the_demo_made(demo, tmp_path):
     assert json.loads(trained.stdout)["l0"] <= 8
     for args, message in [
         (("train", "--store", demo / "store-a", "--out", tmp_path / "sae"), "another run"),
-        (("train", "--store", demo / "store-a", "--out", tmp_path / "k", "--k", 500, "--d-sae", 64), "k must be at most"),
+        (
+            ("train", "--store", demo / "store-a", "--out", tmp_path / "k", "--k", 500, "--d-sae", 64),
+            "k must be at most",
+        ),
         (("train", "--store", tmp_path / "absent", "--out", tmp_path / "x"), "absent"),
         (("train", "--store", demo / "store-a", "--out", tmp_path / "d", "--d-in", 32), "width 64, got d_in=32"),
-        (("harvest", "--model", demo / "lm-a", "--out", tmp_path / "h", "--hook", "transformer.h.0.mpl.act"), "mlp.act"),
+        (
+            ("harvest", "--model", demo / "lm-a", "--out", tmp_path / "h", "--hook", "transformer.h.0.mpl.act"),
+            "mlp.act",
+        ),
         (("eval", "--sae", demo / "sae-a", "--model", tmp_path / "none"), "causal LM"),
     ]:
         refused = run(*args)

@@ -51,7 +51,14 @@ class AnalyzeConfig:
     def __post_init__(self) -> None:
         if not proxies(self.categories):
             raise FastSAEError("expected at least one category, got none")
-        for name in ("context", "batch_size", "contexts_per_effect", "sample_tokens", "samples", "universality_features"):
+        for name in (
+            "context",
+            "batch_size",
+            "contexts_per_effect",
+            "sample_tokens",
+            "samples",
+            "universality_features",
+        ):
             if getattr(self, name) < 1:
                 raise FastSAEError(f"{name} must be at least 1, got {getattr(self, name)}")
 
@@ -80,7 +87,15 @@ def analyze(
     config = config or AnalyzeConfig()
     options = {"categories": config.categories, "context": config.context, "batch_size": config.batch_size}
     data = collect(
-        sae, model, tokenizer, documents, hook, other=other, max_tokens=config.tokens, show_progress=show_progress, **options
+        sae,
+        model,
+        tokenizer,
+        documents,
+        hook,
+        other=other,
+        max_tokens=config.tokens,
+        show_progress=show_progress,
+        **options,
     )
     study = _Study(sae, model, tokenizer, documents, hook, config, data, other)
     results = {
@@ -121,10 +136,12 @@ class _Study:
         self._contexts = self._read_contexts()
 
     def _read_contexts(self) -> tuple[Tensor, Tensor]:
-        """All full contexts of the scoring half, [B, T] token ids and the rows of `data` their tokens have (−1: none)."""
+        """All full contexts of the scoring half, [B, T] token ids and their tokens' rows in `data` (−1: none)."""
         data, rows, ids = self.data, [], []
         row = 0
-        for batch in context_batches(self.tokenizer, self.documents, self.config.context, self.config.batch_size, "cut"):
+        for batch in context_batches(
+            self.tokenizer, self.documents, self.config.context, self.config.batch_size, "cut"
+        ):
             place = torch.full(batch.token_ids.shape, -1)
             count = int(batch.keep.sum())
             place[batch.keep] = torch.arange(row, row + count)
@@ -136,7 +153,9 @@ class _Study:
                 ids.append(batch.token_ids[whole])
                 rows.append(place[whole])
         if not ids:
-            return torch.zeros(0, self.config.context, dtype=torch.int64), torch.zeros(0, self.config.context, dtype=torch.int64)
+            return torch.zeros(0, self.config.context, dtype=torch.int64), torch.zeros(
+                0, self.config.context, dtype=torch.int64
+            )
         return torch.cat(ids), torch.cat(rows)
 
     def categories(self) -> list[dict]:
@@ -228,7 +247,9 @@ class _Study:
         marked = inside[rows[:, 1:].clamp(min=0)] & (rows[:, 1:] >= 0)  # [B, T − 1]: is the predicted token a member
         with_it, without = marked.any(1).nonzero().flatten(), (~marked.any(1)).nonzero().flatten()
         limit = self.config.contexts_per_effect
-        chosen = torch.cat([part[torch.randperm(len(part), generator=self.generator)[:limit]] for part in (with_it, without)])
+        chosen = torch.cat(
+            [part[torch.randperm(len(part), generator=self.generator)[:limit]] for part in (with_it, without)]
+        )
         edit = effects.set_feature(self.sae, feature, 0.0)
         change, strength = [], []
         for part in chosen.split(self.config.batch_size):
@@ -322,7 +343,9 @@ class _Study:
             return None
         alive = (data.codes.offsets.diff() > 10).nonzero().flatten()
         drawn = alive[torch.randperm(len(alive), generator=self.generator)[: self.config.universality_features]]
-        best = torch.stack([_match_all(data, data.other, int(f)).max() for f in drawn]) if len(drawn) else torch.zeros(1)
+        best = (
+            torch.stack([_match_all(data, data.other, int(f)).max() for f in drawn]) if len(drawn) else torch.zeros(1)
+        )
         return {
             "features": float(best.median()),
             "neurons": float(data.other_neuron_pearson.amax(1).median()),

@@ -38,7 +38,9 @@ class Sparse:
     def sums(self, weights: Tensor | None = None) -> Tensor:
         """Σ over tokens of value · weights[token], [F] or [F, P] in float64, for weights [n] or [n, P]."""
         features = torch.repeat_interleave(torch.arange(len(self.offsets) - 1), self.offsets.diff())
-        total = torch.zeros((len(self.offsets) - 1, *([] if weights is None else weights.shape[1:])), dtype=torch.float64)
+        total = torch.zeros(
+            (len(self.offsets) - 1, *([] if weights is None else weights.shape[1:])), dtype=torch.float64
+        )
         for rows in torch.arange(len(self.values)).split(2**20):
             add = self.values[rows].double()
             if weights is not None:
@@ -142,12 +144,15 @@ def collect(
 ) -> Collected:
     """Runs model and SAE over the documents once.
 
-    categories: names of scripts, "base64", "DNA", or Proxy objects. other: (SAE, model) of another run with the same tokenizer, to compare with on the same tokens. max_tokens: stop
-    after so many tokens. Begin-of-text tokens, separators and padding are left out, as the harvest leaves them out.
+    categories: names of scripts, "base64", "DNA", or Proxy objects. other: (SAE, model) of another run with
+    the same tokenizer, to compare with on the same tokens. max_tokens: stop after so many tokens. Begin-of-text tokens, separators and padding are left out, as the harvest leaves them out.
     Raises FastSAEError: no text, no such module, activations of another width than the SAE's.
     """
     model_limits(model, tokenizer, context)
-    texts = [np.asarray(ids) for ids in tokenizer([_text(d) for d in documents], add_special_tokens=False, verbose=False)["input_ids"]]
+    texts = [
+        np.asarray(ids)
+        for ids in tokenizer([_text(d) for d in documents], add_special_tokens=False, verbose=False)["input_ids"]
+    ]
     total = sum(map(len, texts))
     if total == 0:
         raise FastSAEError("expected text to analyze, found none: every document is empty")
@@ -228,7 +233,7 @@ class _Pass:
         x = activations(self.model, self.hook, token_ids)[keep]  # [n, D]
         if x.shape[1] != self.sae.cfg.d_in:
             raise FastSAEError(
-                f"the SAE reads activations of width {self.sae.cfg.d_in}, the module {self.hook} puts out {x.shape[1]}: "
+                f"the SAE reads activations of width {self.sae.cfg.d_in}, {self.hook} puts out {x.shape[1]}: "
                 f"name the module that the SAE was trained on"
             )
         self.codes.add(self.sae, x)

@@ -67,7 +67,9 @@ def logit_weights(model: Any, hook: str, sae: SAE, feature: int, token_ids: Tens
     the norm's scale averaged over tokens.
     """
     d = direction(sae, feature)
-    change = (logits(model, hook, token_ids, lambda x: x + step * d.to(x.dtype)) - logits(model, hook, token_ids)) / step
+    change = (
+        logits(model, hook, token_ids, lambda x: x + step * d.to(x.dtype)) - logits(model, hook, token_ids)
+    ) / step
     mean = change.flatten(0, 1).mean(0)
     return (mean - mean.median()).cpu()
 

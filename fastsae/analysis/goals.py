@@ -18,7 +18,13 @@ def table(results: dict) -> list[dict]:
         add("language model below the interpolated bigram, nats", "≥ 0.3", below, below >= 0.3)
         scores = quality["eval"]
         add("L0", "≤ 20", scores["l0"], scores["l0"] <= 20, ".1f")
-        add("CE recovered against zero ablation", "≥ 80 %", scores["recovered_zero"], scores["recovered_zero"] >= 0.8, ".1%")
+        add(
+            "CE recovered against zero ablation",
+            "≥ 80 %",
+            scores["recovered_zero"],
+            scores["recovered_zero"] >= 0.8,
+            ".1%",
+        )
         add("dead features", "≤ 10 %", scores["dead"], scores["dead"] <= 0.1, ".1%")
     categories = {row["name"]: row for row in results["categories"]}
     if categories:
@@ -41,5 +47,10 @@ def table(results: dict) -> list[dict]:
         add("pinned against unpinned", "≥ 10 ×", pinned / max(unpinned, 1e-9), pinned >= 10 * unpinned, ".1f")
         add("pinned against the best neuron pinned", "≥ 3 ×", pinned / max(neuron, 1e-9), pinned >= 3 * neuron, ".1f")
     if arabic["match"]:
-        add("best match in the other run, Pearson", "≥ 0.8", arabic["match"]["pearson"], arabic["match"]["pearson"] >= 0.8)
+        add(
+            "best match in the other run, Pearson",
+            "≥ 0.8",
+            arabic["match"]["pearson"],
+            arabic["match"]["pearson"] >= 0.8,
+        )
     return rows
