@@ -101,9 +101,8 @@ def harvest(
     """
     import fastsae
     from fastsae import corpus
-    from fastsae import lm as module
 
-    network, tokenizer = module.load(model)
+    network, tokenizer = _load_model(model)
     documents = corpus.load(text, "train", text_field)
     store = fastsae.harvest(network, tokenizer, documents, hook, out, config, resume=resume)
     return {"store": str(out), "count": store.count, "width": store.width, "mean_norm": store.mean_norm}
@@ -149,9 +148,8 @@ def evaluate(
     """
     import fastsae
     from fastsae import corpus
-    from fastsae import lm as module
 
-    network, tokenizer = module.load(model)
+    network, tokenizer = _load_model(model)
     documents = corpus.load(text, "heldout", text_field)
     return fastsae.evaluate(load_sae(sae), network, tokenizer, documents, hook, config).to_dict()
 
@@ -180,17 +178,26 @@ def analyze(
         other_model: The causal LM of that other run; same tokenizer.
     """
     from fastsae import corpus
-    from fastsae import lm as module
     from fastsae.analysis import analyze as run
 
     if (other_sae is None) != (other_model is None):
         raise FastSAEError("other_sae and other_model go together, got one of them")
-    network, tokenizer = module.load(model)
+    network, tokenizer = _load_model(model)
     other = None
     if other_sae is not None and other_model is not None:
-        other = (load_sae(other_sae), module.load(other_model)[0])
+        other = (load_sae(other_sae), _load_model(other_model)[0])
     documents = corpus.load(text, "heldout", text_field)
     return run(load_sae(sae), network, tokenizer, documents, hook, out, config, other=other)
+
+
+def _load_model(name: str) -> tuple[Any, Any]:
+    """Model and tokenizer, without transformers' own progress bars: one kind of bar on a terminal is enough."""
+    from transformers.utils import logging
+
+    from fastsae import lm as module
+
+    logging.disable_progress_bar()
+    return module.load(name)
 
 
 def load_sae(folder: Path) -> SAE:

@@ -135,6 +135,7 @@ def demo(out: Path, scale_name: str = "laptop") -> dict:
             sae_a, model_a, tokenizer, heldout, lm.MLP_HOOK, out, scale.analyze, other=(sae_b, model_b), quality=quality
         )
 
+    _quiet_transformers()
     result = stages.run("analysis", [asdict(scale), branches], analysis)
     _say(f"report: {out / 'report.html'} (this run: {time.monotonic() - started:.0f} s)")
     return result
@@ -193,6 +194,12 @@ def _load_tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(str(folder))
 
 
+def _quiet_transformers() -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def _say(line: str) -> None:
     sys.stderr.write(line + "\n")
     sys.stderr.flush()
@@ -237,9 +244,7 @@ def _relay(child: subprocess.Popen, name: str) -> None:
 
 def _child(out: str, scale_name: str, name: str, threads: str) -> int:
     torch.set_num_threads(int(threads))
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
+    _quiet_transformers()
     try:
         branch(Path(out), scale_name, name, _say)
     except FastSAEError as error:

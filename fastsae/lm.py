@@ -1,8 +1,8 @@
 """A language model to look into: byte-level BPE and the one-layer transformer of "Towards Monosemanticity".
 
 One attention block and one ReLU MLP, learned positions, untied embeddings: a `GPT2LMHeadModel` with `n_layer=1`, so
-that whatever reads Hugging Face folders reads this one. The activations of interest are the MLP's neurons after the ReLU, at
-the module path `MLP_HOOK` (width d_mlp).
+that whatever reads Hugging Face folders reads this one. The activations of interest are the MLP's neurons after the
+ReLU, at the module path `MLP_HOOK` (width d_mlp).
 """
 
 import json

@@ -80,7 +80,17 @@ def test_verbs_work_on_what_the_demo_made(demo, tmp_path):
         (("train", "--store", tmp_path / "absent", "--out", tmp_path / "x"), "absent"),
         (("train", "--store", demo / "store-a", "--out", tmp_path / "d", "--d-in", 32), "width 64, got d_in=32"),
         (
-            ("harvest", "--model", demo / "lm-a", "--out", tmp_path / "h", "--hook", "transformer.h.0.mpl.act"),
+            (
+                "harvest",
+                "--model",
+                demo / "lm-a",
+                "--out",
+                tmp_path / "h",
+                "--hook",
+                "transformer.h.0.mpl.act",
+                "--context",
+                64,
+            ),
             "mlp.act",
         ),
         (("eval", "--sae", demo / "sae-a", "--model", tmp_path / "none"), "causal LM"),

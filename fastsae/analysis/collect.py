@@ -144,8 +144,9 @@ def collect(
 ) -> Collected:
     """Runs model and SAE over the documents once.
 
-    categories: names of scripts, "base64", "DNA", or Proxy objects. other: (SAE, model) of another run with
-    the same tokenizer, to compare with on the same tokens. max_tokens: stop after so many tokens. Begin-of-text tokens, separators and padding are left out, as the harvest leaves them out.
+    categories: names of scripts, "base64", "DNA", or Proxy objects. other: (SAE, model) of another run with the same
+    tokenizer, to compare with on the same tokens. max_tokens: stop after so many tokens. Begin-of-text tokens,
+    separators and padding are left out, as the harvest leaves them out.
     Raises FastSAEError: no text, no such module, activations of another width than the SAE's.
     """
     model_limits(model, tokenizer, context)
