@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastsae.analysis.labels import Spelling, TokenBytes, decode_utf8
+from fastsae.analysis.labels import Spelling, TokenBytes, decode_utf8, readable
 from fastsae.analysis.scripts import NEUTRAL, NO_SCRIPT, NUMBER, SCRIPTS, script_ids
 from fastsae.errors import FastSAEError
 from tests import tiny_lm
@@ -135,6 +135,17 @@ def test_groups_for_a_reader_break_at_characters_only():
     text = spelling(*pieces)
     assert text.characters_of(0, 5) == [("a", 0, 1), ("ك", 1, 3), ("b", 3, 4), ("\ufffd", 4, 5)]
     assert text.characters_of(2, 4) == [("\ufffd", 2, 3), ("b", 3, 4)]
+
+
+def test_readable_puts_a_character_where_it_is_complete():
+    han, arabic_letter = "漢".encode(), "ك".encode()
+    assert readable([b"a", arabic_letter[:1], arabic_letter[1:], b"b"]) == ["a", "‹D9›", "ك", "b"]
+    assert readable([han[:1], han[1:2], han[2:]]) == ["‹E6›", "‹BC›", "漢"]
+    assert readable([han[:2], han[2:] + arabic_letter[:1], arabic_letter[1:]]) == ["‹E6›‹BC›", "漢", "ك"]
+    assert readable([b"\xff", b"ok"]) == ["‹FF›", "ok"]
+    assert readable([han[:2], b"a\xe6", b"b"]) == ["‹E6›‹BC›", "a‹E6›", "b"]
+    assert readable([b"\xed\xa0\x80"]) == ["‹ED›‹A0›‹80›"]  # a surrogate is no character
+    assert readable([han[:1]]) == ["‹E6›"] and readable([]) == []
 
 
 def test_ids_of_another_vocabulary_are_refused():

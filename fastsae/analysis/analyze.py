@@ -5,7 +5,6 @@ Features and neurons are chosen on one half of the documents and scored on the o
 """
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,10 @@ import torch
 from torch import Tensor
 
 from fastsae.analysis import effects, goals
-from fastsae.analysis.collect import Collected, Sparse, collect, feature_pearson
+from fastsae.analysis.collect import Collected, collect, feature_pearson
+from fastsae.analysis.labels import readable
 from fastsae.analysis.proxies import Proxy, proxies
+from fastsae.analysis.universality import Matcher
 from fastsae.contexts import context_batches
 from fastsae.errors import FastSAEError
 from fastsae.files import write_json
@@ -134,6 +135,7 @@ class _Study:
         self.clipped = feature_pearson(data.codes, data.clipped, data.half)
         self.generator = torch.Generator().manual_seed(config.seed)
         self._contexts = self._read_contexts()
+        self._matcher = Matcher(data.other, data.n) if data.other is not None else None
 
     def _read_contexts(self) -> tuple[Tensor, Tensor]:
         """All full contexts of the scoring half, [B, T] token ids and their tokens' rows in `data` (−1: none)."""
@@ -241,11 +243,13 @@ class _Study:
                 break
         return shown
 
-    def _ablation(self, feature: int, inside: Tensor) -> dict:
-        """ΔNLL in nats per token when the feature is set to 0 over whole contexts."""
+    def _ablation(self, feature: int, inside: Tensor) -> dict | None:
+        """ΔNLL in nats per token when the feature is set to 0 over whole contexts; None if none has the category."""
         ids, rows = self._contexts
         marked = inside[rows[:, 1:].clamp(min=0)] & (rows[:, 1:] >= 0)  # [B, T − 1]: is the predicted token a member
         with_it, without = marked.any(1).nonzero().flatten(), (~marked.any(1)).nonzero().flatten()
+        if not len(with_it):
+            return None
         limit = self.config.contexts_per_effect
         chosen = torch.cat(
             [part[torch.randperm(len(part), generator=self.generator)[:limit]] for part in (with_it, without)]
@@ -259,7 +263,7 @@ class _Study:
         delta, member = torch.cat(change), marked[chosen]
         top = torch.cat(strength).flatten().topk(min(20, delta.numel())).indices
         return {
-            "inside": float(delta[member].mean()) if member.any() else math.nan,
+            "inside": float(delta[member].mean()),
             "outside": float(delta[~member].mean()),
             "top": float(delta.flatten()[top].mean()),
             "tokens_inside": int(member.sum()),
@@ -289,6 +293,8 @@ class _Study:
             for number, prefix in enumerate(PREFIXES):
                 ids = self.tokenizer(prefix, add_special_tokens=False)["input_ids"] if prefix else []
                 begin = torch.tensor([*([start] if start is not None else []), *ids], dtype=torch.int64)
+                if not len(begin):  # nothing to begin with: no prefix, and no begin-of-text token in the vocabulary
+                    continue
                 share, sampled = effects.sample(
                     self.model, self.hook, begin, edit, tokens=config.sample_tokens, count=config.samples,
                     members=members, seed=config.seed + number,
@@ -321,9 +327,9 @@ class _Study:
         }
 
     def _match(self, feature: int) -> dict | None:
-        if self.other is None or self.data.other is None:
+        if self.other is None or self._matcher is None:
             return None
-        r = _match_all(self.data, self.data.other, feature)
+        r = self._matcher.pearson(*self.data.codes.of(feature))
         best = int(r.argmax())
         result = {"feature": best, "pearson": float(r[best]), "logit_pearson": None}
         ids = self._contexts[0]
@@ -339,26 +345,16 @@ class _Study:
     def universality(self) -> dict | None:
         """Medians of the best match in the other run: over features drawn at random, and over all neurons."""
         data = self.data
-        if data.other is None or data.other_neuron_pearson is None:
+        if self._matcher is None or data.other_neuron_pearson is None:
             return None
         alive = (data.codes.offsets.diff() > 10).nonzero().flatten()
         drawn = alive[torch.randperm(len(alive), generator=self.generator)[: self.config.universality_features]]
-        best = (
-            torch.stack([_match_all(data, data.other, int(f)).max() for f in drawn]) if len(drawn) else torch.zeros(1)
-        )
+        best = [self._matcher.pearson(*data.codes.of(int(f))).max() for f in drawn] or [torch.zeros(())]
         return {
-            "features": float(best.median()),
+            "features": float(torch.stack(best).median()),
             "neurons": float(data.other_neuron_pearson.amax(1).median()),
             "count": len(drawn),
         }
-
-
-def _match_all(data: Collected, other: Sparse, feature: int) -> Tensor:
-    """Pearson's r of one feature with every feature of the other run on the same tokens, [F']."""
-    tokens, values = data.codes.of(feature)
-    dense = torch.zeros(data.n)
-    dense[tokens] = values
-    return feature_pearson(other, dense[:, None], torch.ones(data.n, dtype=torch.bool))[:, 0]
 
 
 def _share(hits: Tensor) -> float:
@@ -373,27 +369,3 @@ def _bins(active: Tensor, hit: Tensor, highest: float, count: int = 11) -> dict:
         "inside": torch.bincount(number[hit], minlength=count).tolist(),
         "outside": torch.bincount(number[~hit], minlength=count).tolist(),
     }
-
-
-def readable(parts: list[bytes]) -> list[str]:
-    """Token bytes as text; a character spread over several tokens is shown whole at the token that completes it, and
-    its other parts as ‹D8›. A byte that never becomes a character is shown the same way."""
-    out, pending = [], b""
-    for part in parts:
-        whole = pending + part
-        text, rest = _split(whole)
-        out.append(text if text or not rest else "".join(f"‹{byte:02X}›" for byte in part))
-        pending = rest if len(rest) < 4 else b""
-    return out
-
-
-def _split(data: bytes) -> tuple[str, bytes]:
-    """(what decodes, an unfinished character at the end); stray bytes are shown as ‹D8›."""
-    for keep in range(min(4, len(data) + 1)):
-        head, tail = data[: len(data) - keep], data[len(data) - keep :]
-        try:
-            return head.decode("utf-8"), tail
-        except UnicodeDecodeError:
-            continue
-    text = data.decode("utf-8", "surrogateescape")
-    return "".join(f"‹{ord(c) - 0xDC00:02X}›" if "\udc80" <= c <= "\udcff" else c for c in text), b""

@@ -98,7 +98,7 @@ def decode_utf8(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         rest = data[np.minimum(starts + k, len(data) - 1)].astype(np.int64) & 0x3F
         points = np.where(wanted > k, points << 6 | rest, points)
     shortest = np.array([0, 0, 0x80, 0x800, 0x10000])[wanted]  # a code point written with more bytes than it needs
-    whole = (lengths == wanted) & (points >= shortest) & (points <= 0x10FFFF)
+    whole = (lengths == wanted) & (points >= shortest) & (points <= 0x10FFFF) & (points >> 11 != 0x1B)  # surrogates
     return np.where(whole, points, 0xFFFD), character
 
 
@@ -177,3 +177,25 @@ class Spelling:
             groups.append((text, begin, n + 1))
             begin = n + 1
         return groups
+
+
+def readable(parts: list[bytes]) -> list[str]:
+    """Tokens as text. A character spread over several tokens is shown whole at the token that completes it, and its
+    other parts as ‹D8›, unless that token has a character of its own. Bytes that never make a character likewise."""
+    data = np.frombuffer(b"".join(parts), dtype=np.uint8)
+    points, character = decode_utf8(data)
+    last = np.flatnonzero(np.diff(character, append=-1))  # [C], the byte that completes each character
+    out, at = [], 0
+    for part in parts:
+        text, rest = "", ""
+        for place in range(at, at + len(part)):
+            number = character[place]
+            if points[number] == 0xFFFD:
+                text += f"‹{data[place]:02X}›"
+            elif last[number] == place:
+                text += chr(points[number])
+            else:
+                rest += f"‹{data[place]:02X}›"
+        out.append(text or rest)
+        at += len(part)
+    return out

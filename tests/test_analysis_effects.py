@@ -1,0 +1,124 @@
+"""Ablation, pinning and logit weights against the model put together by hand from its parts."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastsae.analysis import effects
+from tests.analysis_case import HOOK, case, contexts, documents
+
+SAE, MODEL, TOKENIZER = case()
+FEATURE = 7
+
+
+@pytest.fixture(scope="module")
+def ids() -> Tensor:
+    rows = [row for row in contexts(TOKENIZER, documents(), 48) if len(row) == 48]
+    return torch.tensor(rows[:6])
+
+
+def by_hand(token_ids: Tensor, edit) -> Tensor:
+    """Logits [B, T, V] of the one-layer model with edit(neurons [B, T, 24]) in the place of its neurons."""
+    net, block = MODEL.transformer, MODEL.transformer.h[0]
+    stream = net.wte(token_ids) + net.wpe(torch.arange(token_ids.shape[1]))
+    stream = stream + block.attn(block.ln_1(stream))[0]
+    x = block.mlp.c_fc(block.ln_2(stream)).relu()
+    return MODEL.lm_head(net.ln_f(stream + block.mlp.c_proj(edit(x))))
+
+
+def active(x: Tensor) -> Tensor:
+    return SAE.encode(x)[..., FEATURE]
+
+
+@torch.no_grad()
+def test_setting_a_feature_moves_along_its_direction(ids: Tensor):
+    for to in (0.0, 2.5):
+        found = effects.logits(MODEL, HOOK, ids, effects.set_feature(SAE, FEATURE, to))
+        direction = SAE.W_dec[FEATURE] / 1.7  # the SAE works on 1.7 x
+        wanted = by_hand(ids, lambda x, to=to, d=direction: x + (to - active(x))[..., None] * d)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert active(torch.zeros(3, 24)).shape == (3,)
+    torch.testing.assert_close(effects.logits(MODEL, HOOK, ids), by_hand(ids, lambda x: x), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_ablated_losses(ids: Tensor):
+    raw = by_hand(ids, lambda x: x)
+    ablated = by_hand(ids, lambda x: x - active(x)[..., None] * SAE.W_dec[FEATURE] / 1.7)
+    wanted = [
+        [-float(row[t].log_softmax(-1)[tokens[t + 1]]) for t in range(len(tokens) - 1)]
+        for logits, rows in ((raw, ids), (ablated, ids))
+        for row, tokens in zip(logits, rows, strict=True)
+    ]
+    raw_losses = effects.token_losses(MODEL, HOOK, ids)
+    ablated_losses = effects.token_losses(MODEL, HOOK, ids, effects.set_feature(SAE, FEATURE, 0.0))
+    torch.testing.assert_close(torch.cat([raw_losses, ablated_losses]), torch.tensor(wanted), rtol=1e-4, atol=1e-4)
+    assert not torch.equal(raw_losses, ablated_losses)
+
+
+@torch.no_grad()
+def test_a_token_before_the_feature_fires_is_not_touched(ids: Tensor):
+    change = effects.token_losses(MODEL, HOOK, ids, effects.set_feature(SAE, FEATURE, 0.0))
+    change = (change - effects.token_losses(MODEL, HOOK, ids)).abs()
+    fires = []
+    by_hand(ids, lambda x: fires.append(active(x) > 0) or x)
+    silent = ~fires[0][:, :-1]  # the hook is behind the only attention: an ablation stays at its token
+    assert silent.any() and float(change[silent].max()) < 1e-5 < float(change[~silent].max())
+
+
+@torch.no_grad()
+def test_setting_a_neuron(ids: Tensor):
+    def pin(x: Tensor) -> Tensor:
+        return torch.cat([x[..., :5], torch.full_like(x[..., :1], 3.0), x[..., 6:]], dim=-1)
+
+    found = effects.logits(MODEL, HOOK, ids, effects.set_neuron(5, 3.0))
+    torch.testing.assert_close(found, by_hand(ids, pin), rtol=1e-4, atol=1e-4)
+
+
+def test_logit_weights_are_the_derivative(ids: Tensor):
+    found = effects.logit_weights(MODEL, HOOK, SAE, FEATURE, ids, step=0.05)
+    direction = SAE.W_dec[FEATURE].detach() / 1.7
+
+    def along(t: Tensor) -> Tensor:
+        return by_hand(ids, lambda x: x + t * direction).flatten(0, 1).mean(0)
+
+    slope = torch.autograd.functional.jvp(along, torch.zeros(()), torch.ones(()))[1]
+    assert isinstance(slope, Tensor)
+    wanted = slope - slope.median()
+    assert float(torch.corrcoef(torch.stack([found, wanted]))[0, 1]) > 0.999
+    torch.testing.assert_close(found, wanted, rtol=0.1, atol=0.05 * float(wanted.abs().max()))
+    assert float(found.median()) == 0
+
+
+def test_sampling_scores_what_it_sampled_from():
+    members = torch.zeros(257)
+    members[100:200] = torch.rand(100, generator=torch.Generator().manual_seed(1))
+    prefix = torch.tensor([TOKENIZER.bos_token_id, 80, 90])
+    edit = effects.set_feature(SAE, FEATURE, 6.0)
+    share, ids = effects.sample(MODEL, HOOK, prefix, edit, tokens=20, count=4, members=members, seed=3)
+    assert ids.shape == (4, 20)
+    whole = torch.cat([prefix.repeat(4, 1), ids], dim=1)
+    p = effects.logits(MODEL, HOOK, whole, edit)[:, 2:-1].softmax(-1)  # before each sampled token
+    assert math.isclose(share, float((p @ members).mean()), rel_tol=1e-4)
+    again = effects.sample(MODEL, HOOK, prefix, edit, tokens=20, count=4, members=members, seed=3)
+    assert again[0] == share and torch.equal(again[1], ids)
+    assert not torch.equal(effects.sample(MODEL, HOOK, prefix, edit, tokens=20, count=4, members=members)[1], ids)
+    free, _ = effects.sample(MODEL, HOOK, prefix, None, tokens=20, count=4, members=members, seed=3)
+    assert free != share
+    everything, _ = effects.sample(MODEL, HOOK, prefix, edit, tokens=5, count=2, members=torch.ones(257))
+    assert math.isclose(everything, 1.0, rel_tol=1e-5)
+
+
+def test_sampling_past_the_longest_context_goes_on():
+    prefix = torch.full((60,), 70)
+    _, ids = effects.sample(MODEL, HOOK, prefix, None, tokens=10, count=1, members=torch.ones(257))
+    assert ids.shape == (1, 10)  # the model reads 64
+
+
+def test_nothing_is_left_on_the_model(ids: Tensor):
+    before = effects.logits(MODEL, HOOK, ids)
+    with pytest.raises(RuntimeError):
+        effects.logits(MODEL, HOOK, ids, lambda x: x @ torch.zeros(3, 3))
+    assert torch.equal(effects.logits(MODEL, HOOK, ids), before)
