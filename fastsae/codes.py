@@ -147,13 +147,13 @@ class SparseCode:
         return f"SparseCode({list(self.shape)}, k={self.k}, dtype={self.values.dtype}, device={self.device})"
 
 
-def pack_rows(row: Tensor, column: Tensor, n_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+def pack_rows(row: Tensor, column: Tensor, n_rows: int, least: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Entries (row, column) [M], sorted by row → indices [N, K], counts [N] and the flat slot [M] of each entry.
 
-    K is the most entries that a row has. Unused slots of `indices` hold 0.
+    K is the most entries that a row has, or `least` if that is more. Unused slots of `indices` hold 0.
     """
     counts = torch.bincount(row, minlength=n_rows)
-    k = int(counts.max()) if row.numel() else 0
+    k = max(int(counts.max()) if row.numel() else 0, least)
     first = counts.cumsum(0) - counts
     slots = row * k + torch.arange(row.numel(), device=row.device) - first[row]
     indices = torch.zeros(n_rows * k, dtype=torch.int64, device=row.device)

@@ -4,7 +4,7 @@ Nothing here is [N, F]: the encoder's product is made in chunks of features, int
 stays in the cache, and what may be active is picked out of each chunk before the next overwrites it. Nothing here has a
 gradient; `fastsae.ops` puts forward and backward together.
 
-Axes: N tokens, K active latents per token, F dictionary size, D width, C features of a chunk, M entries of a code.
+Axes: N tokens, K active latents per token, F dictionary size, D width; R rows and C features of a chunk, M entries.
 """
 
 from __future__ import annotations
@@ -18,142 +18,180 @@ from torch import Tensor
 
 from fastsae.codes import pack_rows
 
-# The buffer for a chunk of pre-activations: 16 MB in fp32. Half and double of it time the same; at a quarter the
-# product itself slows down.
+# Pre-activations in the buffer, where columns are cut: 16 MB in fp32. Half and double of it time the same.
 CHUNK_ELEMENTS = 1 << 22
+# Where rows are cut, all weights are brought into the cache for every chunk, which larger ones make rarer.
+ROW_CHUNK_ELEMENTS = 1 << 23
 CHUNK_ROWS = 8192
-# A chunk is less than a quarter of the dictionary, whatever the sizes, so that no tensor comes near [N, F].
-MIN_CHUNKS = 5
+# A chunk is a fifth of all pre-activations at most, so that no tensor comes near [N, F], however small N · F is.
+CHUNKS = 5
+# Fewer rows than this, and the product spends its time on bringing the weights into the cache.
+LEAST_ROWS = 256
+# Features whose largest entry stands for them all when entries above a threshold are searched.
+GROUP = 16
 
 
 class Chunk(NamedTuple):
-    """Columns start : stop of the pre-activations of some rows: pre [N, C], bias not added where it is returned."""
+    """Pre-activations of columns start : stop, for some rows: pre [R, C], which the next chunk overwrites."""
 
     start: int
     stop: int
     pre: Tensor
-    bias: Tensor
 
 
-def chunks(x: Tensor, weight: Tensor, bias: Tensor, add_bias: bool) -> Iterator[Chunk]:
-    """The product x · weightᵀ [N, F], a chunk of columns at a time. The buffer is overwritten by the next chunk."""
-    N, F = x.shape[0], weight.shape[0]
-    C = chunk_width(N, F)
-    buffer = x.new_empty(N * C)
-    for start in range(0, F, C):
-        stop = min(start + C, F)
-        pre = buffer[: N * (stop - start)].view(N, stop - start)
-        # The out= forms are not autocast, so the product is made in the dtype of the parameters under autocast too.
-        if add_bias:
-            torch.addmm(bias[start:stop], x, weight[start:stop].T, out=pre)
-        else:
-            torch.mm(x, weight[start:stop].T, out=pre)
-        yield Chunk(start, stop, pre, bias[start:stop])
+def chunks(x: Tensor, weight: Tensor, bias: Tensor, width: int) -> Iterator[Chunk]:
+    """x · weightᵀ + bias [R, F], `width` columns at a time, always in the same buffer."""
+    R, F = x.shape[0], weight.shape[0]
+    buffer = x.new_empty(R * min(width, F))
+    for start in range(0, F, width):
+        stop = min(start + width, F)
+        pre = buffer[: R * (stop - start)].view(R, stop - start)
+        # The out= form is not autocast, so the product is made in the dtype of the parameters under autocast too.
+        torch.addmm(bias[start:stop], x, weight[start:stop].T, out=pre)
+        yield Chunk(start, stop, pre)
 
 
-def chunk_width(n_rows: int, d_sae: int) -> int:
-    """Features per chunk for n_rows: about CHUNK_ELEMENTS of pre-activations, a multiple of 8.
+def by_columns(n_rows: int, d_sae: int) -> tuple[int, int]:
+    """Rows and columns of a chunk where columns are cheap to cut: all rows, up to CHUNK_ROWS, and the columns that fit.
 
-    256 or more, as narrower products are slow, unless that were a quarter of the dictionary; 64 at the very least.
+    This makes the product fastest: a slice of the weights is brought into the cache once for many rows.
     """
-    width = max(CHUNK_ELEMENTS // max(n_rows, 1), 256)
-    width = max(min(width, -(-d_sae // MIN_CHUNKS)), 64)
-    return min(-(-width // 8) * 8, d_sae)
+    rows = max(1, min(n_rows, CHUNK_ROWS))
+    columns = min(CHUNK_ELEMENTS // rows, -(-d_sae // CHUNKS))
+    return rows, min(max(-(-columns // GROUP) * GROUP, 64), d_sae)
+
+
+def by_rows(n_rows: int, d_sae: int) -> tuple[int, int]:
+    """Rows and columns of a chunk where columns are costly to cut: all columns, if enough rows of them fit."""
+    rows = max(1, min(ROW_CHUNK_ELEMENTS // d_sae, -(-n_rows // CHUNKS)))
+    return (rows, d_sae) if rows >= LEAST_ROWS else by_columns(n_rows, d_sae)
 
 
 class Entries(NamedTuple):
-    """Entries of a code: token and feature [M] int64, value [M]; ordered by token within a chunk."""
+    """Entries of a chunk: row, feature [M] int64 and value [M], ordered by row."""
 
-    token: Tensor
+    row: Tensor
     feature: Tensor
     value: Tensor
 
 
-def _above(chunk: Chunk, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Row, column and value of the entries of chunk.pre that are > threshold ([N, 1] or [C]), in row-major order."""
-    pre = chunk.pre
-    mask = pre > threshold
-    if mask.shape[1] % 8:
+def _grouped(chunk: Chunk, least_groups: int = 1) -> Tensor:
+    """chunk.pre as [R, G, C / G]: G ≤ GROUP columns that lie C / G apart are a group; at least least_groups of them.
+
+    Apart, not side by side: the largest of each group is then a maximum of whole rows, which the processor's vectors do.
+    """
+    C = chunk.pre.shape[1]
+    size = GROUP
+    while C % size or (size > 1 and C // size < least_groups):
+        size //= 2
+    return chunk.pre.view(chunk.pre.shape[0], size, C // size)
+
+
+def _above(grouped: Tensor, largest: Tensor, threshold: Tensor | None, start: int) -> Entries:
+    """The entries > threshold [R, 1], or > 0, of grouped [R, G, S]; largest [R, S] is its maximum over G."""
+    _, G, S = grouped.shape
+    row, group = _nonzero(largest > (0 if threshold is None else threshold))
+    among = grouped[row, :, group]  # [groups, G]
+    hit, member = _nonzero(among > (0 if threshold is None else threshold[row]))
+    return Entries(row[hit], group[hit] + (member * S + start), among[hit, member])
+
+
+def _nonzero(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and column of what is True in mask [R, S], row by row."""
+    if mask.shape[1] % 8 or not mask.shape[0]:
         row, column = mask.nonzero(as_tuple=True)
-        return row, column, pre[row, column]
+        return row, column
     # Hardly any are: eight flags at a time, read as one integer, are searched far faster than one by one.
     row, word = mask.view(torch.int64).nonzero(as_tuple=True)
     hit, within = mask.view(mask.shape[0], -1, 8)[row, word].nonzero(as_tuple=True)
-    row, column = row[hit], word[hit] * 8 + within
-    return row, column, pre[row, column]
+    return row[hit], word[hit] * 8 + within
 
 
 # --- TopK -----------------------------------------------------------------------------------------------------------
 
 
-def encode_topk(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest positive entries of each row of x · weightᵀ + bias: values and indices [N, k].
+def encode_topk(
+    x: Tensor, weight: Tensor, bias: Tensor, k: int, centre: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The k largest positive entries of each row of (x − centre) · weightᵀ + bias: values and indices [N, k].
 
     Values in descending order, of equal ones the lower feature is chosen; rows with fewer than k positive entries end
-    in slots of value 0 and index 0. x: [N, D], weight: [F, D], bias: [F]; 1 ≤ k ≤ F. Exact for the product as computed.
+    in slots of value 0 and index 0. x: [N, D], weight: [F, D], bias: [F], centre: [D]; 1 ≤ k ≤ F. Exact for the product
+    as computed.
     """
     N = x.shape[0]
     values, indices = x.new_zeros(N, k), torch.zeros(N, k, dtype=torch.int64, device=x.device)
-    for first in range(0, N, CHUNK_ROWS):
-        rows = slice(first, min(first + CHUNK_ROWS, N))
-        values[rows], indices[rows] = _topk_of_rows(x[rows], weight, bias, k)
+    rows, columns = by_rows(N, weight.shape[0])
+    for first in range(0, N, rows):
+        part = slice(first, min(first + rows, N))
+        block = x[part] if centre is None else x[part] - centre
+        values[part], indices[part] = _topk_of_rows(chunks(block, weight, bias, columns), k, weight.shape[0])
     return values, indices
 
 
-def _topk_of_rows(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _topk_of_rows(parts: Iterator[Chunk], k: int, d_sae: int) -> tuple[Tensor, Tensor]:
     """Chunk after chunk, what exceeds the k-th largest entry known so far is kept; now and then it is boiled down to k.
 
     An entry equal to the known k-th is rightly dropped: k entries at least as large have lower features.
     """
-    N, F = x.shape[0], weight.shape[0]
-    kept = x.new_zeros(N, k), torch.zeros(N, k, dtype=torch.int64, device=x.device)
-    threshold = x.new_zeros(N, 1)
+    kept: tuple[Tensor, Tensor] | None = None
+    threshold = torch.empty(0)
     pending: list[Entries] = []
     n_pending = seen = 0
-    for chunk in chunks(x, weight, bias, add_bias=True):
+    for chunk in parts:
+        grouped = _grouped(chunk, least_groups=2 * k)
+        largest = grouped.amax(1)
         if chunk.start == 0:
-            threshold = _lower_bound(chunk.pre, k)
-        row, column, value = _above(chunk, threshold)
-        pending.append(Entries(row, column.add_(chunk.start), value))
-        n_pending += row.numel()
+            threshold = _lower_bound(largest, k)
+        pending.append(_above(grouped, largest, threshold, chunk.start))
+        n_pending += pending[-1].row.numel()
         # Boiling down when twice as many columns have been seen keeps both the candidates and these passes few.
-        if chunk.stop >= 2 * seen or n_pending > 4 * k * N or chunk.stop == F:
-            kept = _best(*_with(kept, pending), k)
+        if chunk.stop >= 2 * seen or n_pending > 4 * k * chunk.pre.shape[0] or chunk.stop == d_sae:
+            kept = _best(*_in_slots(kept, pending, chunk.pre.shape[0], k), k)
             threshold = kept[0][:, -1:]
             pending, n_pending, seen = [], 0, chunk.stop
+    assert kept is not None
     return kept
 
 
-def _lower_bound(pre: Tensor, k: int) -> Tensor:
-    """[N, 1]: something below the k-th largest entry of each row, and ≥ 0. Any k maxima of disjoint groups bound it."""
-    N, C = pre.shape
-    groups = 2 * k
-    size = C // groups
-    if size < 2:
-        return pre.new_zeros(N, 1)
-    largest = pre[:, : size * groups].unflatten(1, (size, groups)).amax(1)
+def _lower_bound(largest: Tensor, k: int) -> Tensor:
+    """[R, 1]: something below the k-th largest entry of each row, and ≥ 0, from the maxima of groups [R, S].
+
+    The k-th largest maximum of any disjoint groups is such a bound; of 4 k groups it lets few entries too many through.
+    """
+    R, S = largest.shape
+    if S < k:
+        return largest.new_zeros(R, 1)
+    together = S // (4 * k)
+    if together > 1:
+        largest = largest[:, : together * 4 * k].unflatten(1, (together, 4 * k)).amax(1)
     kth = largest.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
     # Below, not equal: entries that equal the bound may have to be chosen, and only what is greater is kept.
     return torch.nextafter(kth, kth.new_tensor(float("-inf"))).clamp_min_(0)
 
 
-def _with(kept: tuple[Tensor, Tensor], pending: list[Entries]) -> tuple[Tensor, Tensor]:
-    """kept and pending entries side by side in rows of slots: values and indices [N, k + most pending of a row]."""
-    N = kept[0].shape[0]
-    row = torch.cat([entries.token for entries in pending])
-    feature = torch.cat([entries.feature for entries in pending])
-    value = torch.cat([entries.value for entries in pending])
-    if len(pending) > 1:
-        row, order = torch.sort(row.to(torch.int32), stable=True)
-        row, feature, value = row.long(), feature[order], value[order]
-    indices, _, slots = pack_rows(row, feature, N)
+def _in_slots(kept: tuple[Tensor, Tensor] | None, pending: list[Entries], n_rows: int, k: int) -> tuple[Tensor, Tensor]:
+    """kept [R, k] and pending entries side by side, as values and indices [R, S ≥ k]."""
+    row, feature, value = _together(pending)
+    indices, _, slots = pack_rows(row, feature, n_rows, least=0 if kept is not None else k)
     values = value.new_zeros(indices.numel())
     values[slots] = value
+    if kept is None:
+        return values.view_as(indices), indices
     return torch.cat([kept[0], values.view_as(indices)], 1), torch.cat([kept[1], indices], 1)
 
 
+def _together(parts: list[Entries]) -> Entries:
+    """The entries of several chunks, ordered by row."""
+    if len(parts) == 1:
+        return parts[0]
+    row, feature, value = (torch.cat(column) for column in zip(*parts, strict=True))
+    row, order = torch.sort(row.to(torch.int32), stable=True)
+    return Entries(row.long(), feature[order], value[order])
+
+
 def _best(values: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of values [N, S ≥ k] in descending order and their indices; of equal ones the lower index."""
+    """The k largest of values [R, S ≥ k] in descending order and their indices; of equal ones the lower index."""
     best, slots = values.topk(k, dim=-1)
     chosen = indices.gather(1, slots)
     # topk breaks ties as it likes. It matters only where more than k entries reach the k-th.
@@ -170,29 +208,32 @@ def _best(values: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]:
 # --- ReLU -----------------------------------------------------------------------------------------------------------
 
 
-def encode_relu(x: Tensor, weight: Tensor, bias: Tensor, max_l0: int) -> tuple[Tensor, Tensor, Tensor] | None:
-    """All positive entries of x · weightᵀ + bias: values, indices [N, K] and counts [N]; K is the most of any row.
+def encode_relu(
+    x: Tensor, weight: Tensor, bias: Tensor, max_l0: int, centre: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The positive entries of (x − centre) · weightᵀ + bias: values, indices [N, K] and counts [N]; K is the most of a row.
 
-    Features ascend within a row. None as soon as a row is known to have more than max_l0 of them.
+    None as soon as a row is known to have more than max_l0 of them.
     """
     N = x.shape[0]
+    rows, columns = by_columns(N, weight.shape[0])
     found: list[Entries] = []
-    for first in range(0, N, CHUNK_ROWS):
-        counts = torch.zeros(min(CHUNK_ROWS, N - first), dtype=torch.int64, device=x.device)
-        for chunk in chunks(x[first : first + CHUNK_ROWS], weight, bias, add_bias=False):
-            # pre + bias > 0 just when pre > −bias, rounding included, which spares a pass that adds the bias.
-            row, column, value = _above(chunk, -chunk.bias)
-            counts += torch.bincount(row, minlength=counts.shape[0])
+    for first in range(0, N, rows):
+        block = x[first : first + rows] if centre is None else x[first : first + rows] - centre
+        counts = torch.zeros(block.shape[0], dtype=torch.int64, device=x.device)
+        for chunk in chunks(block, weight, bias, columns):
+            grouped = _grouped(chunk)
+            entries = _above(grouped, grouped.amax(1), None, chunk.start)
+            counts += torch.bincount(entries.row, minlength=block.shape[0])
             if int(counts.max()) > max_l0:
                 return None
-            found.append(Entries(row.add_(first), column + chunk.start, value + chunk.bias[column]))
+            found.append(entries._replace(row=entries.row + first))
     if not found:
         return x.new_zeros(0, 0), torch.zeros(0, 0, dtype=torch.int64, device=x.device), x.new_zeros(0).long()
-    row, order = torch.sort(torch.cat([entries.token for entries in found]).to(torch.int32), stable=True)
-    feature = torch.cat([entries.feature for entries in found])[order]
-    indices, counts, slots = pack_rows(row.long(), feature, N)
+    row, feature, value = _together(found)
+    indices, counts, slots = pack_rows(row, feature, N)
     values = x.new_zeros(indices.numel())
-    values[slots] = torch.cat([entries.value for entries in found])[order]
+    values[slots] = value
     return values.view_as(indices), indices, counts
 
 

@@ -37,11 +37,10 @@ def encode_topk(
     among, all F without it. `values` carries the gradient of x, weight, bias and centre.
     """
     with torch.no_grad():
-        rows = x if centre is None else x - centre
         if subset is None:
-            values, indices = cpu.encode_topk(rows, weight, bias, k)
+            values, indices = cpu.encode_topk(x, weight, bias, k, centre)
         else:
-            values, indices = cpu.encode_topk(rows, weight[subset], bias[subset], k)
+            values, indices = cpu.encode_topk(x, weight[subset], bias[subset], k, centre)
             indices = torch.where(values > 0, subset[indices], 0)
         counts = (values > 0).sum(-1)
         full = bool((counts == k).all())
@@ -57,7 +56,7 @@ def encode_relu(
     Shapes and gradients as for `encode_topk`; features ascend within a row.
     """
     with torch.no_grad():
-        found = cpu.encode_relu(x if centre is None else x - centre, weight, bias, max_l0)
+        found = cpu.encode_relu(x, weight, bias, max_l0, centre)
     if found is None:
         return None
     values, indices, counts = found
@@ -227,7 +226,7 @@ class _ReLUDense(torch.autograd.Function):
         l1 = torch.zeros(x.shape[0], dtype=wide, device=x.device)
         l0 = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
         fired = torch.zeros(weight.shape[0], dtype=torch.bool, device=x.device)
-        for chunk in cpu.chunks(rows, weight, bias, add_bias=True):
+        for chunk in cpu.chunks(rows, weight, bias, cpu.by_columns(*rows.shape[:1], weight.shape[0])[1]):
             f, w = chunk.pre.relu_(), w_dec[chunk.start : chunk.stop]
             out += torch.mm(f, w)
             l1 += f @ w.norm(dim=1) if weighted else f.sum(-1)
@@ -244,9 +243,10 @@ class _ReLUDense(torch.autograd.Function):
         x, weight, bias, w_dec, centre = ctx.saved_tensors
         d_out, d_l1 = grads[0].contiguous(), grads[1]
         rows = x if centre is None else x - centre
-        d_x = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+        want_x = ctx.needs_input_grad[0]
+        d_x = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) if want_x else None
         d_weight, d_bias, d_w = torch.empty_like(weight), torch.empty_like(bias), torch.empty_like(w_dec)
-        for chunk in cpu.chunks(rows, weight, bias, add_bias=True):
+        for chunk in cpu.chunks(rows, weight, bias, cpu.by_columns(*rows.shape[:1], weight.shape[0])[1]):
             part = slice(chunk.start, chunk.stop)
             f, w = chunk.pre.relu_(), w_dec[part]
             torch.mm(f.T, d_out, out=d_w[part])
@@ -260,9 +260,10 @@ class _ReLUDense(torch.autograd.Function):
             d_pre.mul_(f > 0)
             torch.mm(d_pre.T, rows, out=d_weight[part])
             torch.sum(d_pre, 0, out=d_bias[part])
-            d_x += d_pre @ weight[part]
-        d_x = d_x.to(x.dtype)
-        return d_x, d_weight, d_bias, d_w, None if centre is None else -d_x.sum(0), None
+            if d_x is not None:
+                d_x += d_pre @ weight[part]
+        d_centre = None if centre is None else -(d_bias @ weight)
+        return None if d_x is None else d_x.to(x.dtype), d_weight, d_bias, d_w, d_centre, None
 
 
 def _use_triton(backend: Backend, w: Tensor) -> bool:

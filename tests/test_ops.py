@@ -227,8 +227,10 @@ def test_too_dense_a_relu_code_is_refused():
     assert ops.encode_relu(x, weight, torch.zeros(50), 50) is not None
 
 
-def test_more_rows_than_a_block(monkeypatch):
+@pytest.mark.parametrize("least_rows", [1, 1000])
+def test_chunks_of_rows_and_of_columns_make_the_same_code(monkeypatch, least_rows):
     monkeypatch.setattr(cpu, "CHUNK_ROWS", 16)
+    monkeypatch.setattr(cpu, "LEAST_ROWS", least_rows)
     p = problem(37, 8, 100, torch.float32)
     assert torch.equal(
         ops.encode_topk(p["x"], p["weight"], p["bias"], 6).to_dense() > 0,
@@ -245,11 +247,15 @@ def test_triton_without_a_gpu_is_one_clear_error():
         ops.decode(code, torch.eye(3), backend="triton")
 
 
+@pytest.mark.parametrize("shape", [cpu.by_rows, cpu.by_columns])
 @pytest.mark.parametrize(
-    "n_rows,d_sae", [(2048, 16384), (1, 16384), (100_000, 4096), (256, 1024), (8, 512), (8, 1 << 20)]
+    "N,F", [(2048, 16384), (1, 16384), (100_000, 4096), (256, 1024), (8, 512), (8, 1 << 20), (4096, 2048), (0, 512)]
 )
-def test_chunks_stay_below_a_quarter_of_the_dictionary(n_rows, d_sae):
-    assert cpu.chunk_width(n_rows, d_sae) < d_sae / 4
+def test_chunks_stay_below_a_quarter_of_the_dense_code(shape, N, F):
+    rows, columns = shape(N, F)
+    assert 1 <= rows <= max(N, 1) and 1 <= columns <= F
+    assert rows * columns < max(N, 1) * F / 4
+    assert rows * columns <= cpu.ROW_CHUNK_ELEMENTS
 
 
 @pytest.mark.gpu
