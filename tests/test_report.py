@@ -19,7 +19,10 @@ HOSTILE = "<script>alert('x')</script>"
 
 def quality(scale: float = 1.0) -> dict:
     return {
-        "lm": {"val_loss": 3.2 * scale, "unigram": 6.7, "bigram": 3.9, "tokens": 16e6, "parameters": 900_000, "seconds": 600.0},
+        "lm": {
+            "val_loss": 3.2 * scale, "unigram": 6.7, "bigram": 3.9, "tokens": 16e6,
+            "parameters": 900_000, "seconds": 600.0,
+        },
         "train": {"tokens": 4_000_000, "l0": 12.3, "fve": 0.8, "dead": 0.03},
         "eval": {
             "tokens": 100_000, "fve": 0.81, "l0": 12.0, "dead": 0.04, "ce_raw": 3.2, "ce_spliced": 3.4,
@@ -44,7 +47,9 @@ def category(name: str = "Arabic", feature: int = 7) -> dict:
         "ablation": {"inside": 0.31, "outside": 0.0003, "top": 2.5, "tokens_inside": 812},
         "pinning": {
             "unpinned": 0.004, "pinned": 0.62, "neuron": 0.05, "value": 10.0, "neuron_value": 4.0, "prefix": "1,2,3",
-            "samples": {"unpinned": ["the cat & the <b>dog</b>"], "pinned": ["مرحبا بكم " + HOSTILE], "neuron": ["\ufffdabc"]},
+            "samples": {
+                "unpinned": ["the cat & the <b>dog</b>"], "pinned": ["مرحبا بكم " + HOSTILE], "neuron": ["\ufffdabc"],
+            },
         },
         "match": {"feature": 99, "pearson": 0.88, "logit_pearson": 0.71},
         "logits": {
