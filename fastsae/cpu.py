@@ -299,3 +299,9 @@ def paired_dots(left: Tensor, i: Tensor, right: Tensor, j: Tensor) -> Tensor:
         return left.new_zeros(0)
     starts = i.new_zeros(1)  # Read for its dtype only: the bag of each entry is i.
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(left, right, j, starts, i, 0, -1)
+
+
+def row_dots(a: Tensor, b: Tensor) -> Tensor:
+    """out[f] = ⟨a[f], b[f]⟩: [F], from a, b [F, D], without the [F, D] product that torch.linalg.vecdot makes."""
+    rows = torch.arange(a.shape[0], device=a.device)
+    return paired_dots(a, rows, b, rows)

@@ -11,11 +11,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from fastsae import cpu
 from fastsae.sae import SAE
-
-# Rows of [F, D] handled together: three blocks of 256 × 512 floats stay in a core's 2 MB of L2, so each pass over the
-# matrices reads memory once. Measured: 7 ms instead of 24 ms for the projection at F 16384, D 512, one thread.
-_BLOCK_ROWS = 256
 
 
 def lr_factor(step: int, steps: int, warmup: float, decay: float) -> float:
@@ -68,16 +65,16 @@ class DecoderNorm:
         gradient = self.weight.grad
         if not self.active or gradient is None:
             return
-        for w, g in zip(self.weight.split(_BLOCK_ROWS), gradient.split(_BLOCK_ROWS), strict=True):
-            g.addcmul_(w, torch.linalg.vecdot(g, w)[:, None], value=-1)
+        # Two operations over all rows: blocks that fit the cache save nothing, and on a busy machine each operation
+        # may wait for a thread to be scheduled.
+        gradient.addcmul_(self.weight, cpu.row_dots(gradient, self.weight)[:, None], value=-1)
 
     @torch.no_grad()
     def renormalise_(self) -> None:
         """Scale every row back to unit norm."""
         if not self.active:
             return
-        for w in self.weight.split(_BLOCK_ROWS):
-            w.div_(torch.linalg.vector_norm(w, dim=1, keepdim=True).clamp_min_(1e-12))
+        self.weight.div_(torch.linalg.vector_norm(self.weight, dim=1, keepdim=True).clamp_min_(1e-12))
 
 
 @torch.no_grad()
