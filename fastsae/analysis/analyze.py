@@ -16,7 +16,7 @@ from torch import Tensor
 from fastsae.analysis import effects, goals
 from fastsae.analysis.collect import Collected, collect, feature_pearson
 from fastsae.analysis.labels import readable
-from fastsae.analysis.proxies import Proxy, proxies
+from fastsae.analysis.proxies import DEFAULT, Proxy, proxies
 from fastsae.analysis.universality import Matcher
 from fastsae.contexts import context_batches
 from fastsae.errors import FastSAEError
@@ -30,7 +30,7 @@ PREFIXES = ("", "\n", "1, 2, 3, 4, 5, 6, 7, 8, 9, 10,")  # neutral: nothing, a n
 class AnalyzeConfig:
     """What to look for, and how long to look."""
 
-    categories: tuple[str, ...] = ("Arabic", "Hebrew", "Cyrillic", "Han", "Kana", "base64", "DNA")
+    categories: tuple[str, ...] = DEFAULT
     """Scripts by their Unicode name, base64, DNA."""
     tokens: int | None = None
     """Held-out tokens to read; default: all."""
