@@ -97,9 +97,11 @@ def geometric_median(x: Tensor, tolerance: float = 1e-5, max_iterations: int = 1
     return median
 
 
-def default_lr(activation: str, d_sae: int) -> float:
-    """Adam's learning rate where none is given: 2e-4 / √(F / 2¹⁴), as sparsify and dictionary_learning scale it.
+def default_lr(d_sae: int, steps: int) -> float:
+    """Adam's learning rate where none is given: 2e-4 / √(F / 2¹⁴), times √(20,000 / steps) in shorter runs, at most 5.
 
-    The law comes from "Scaling and evaluating sparse autoencoders" (2024) for TopK.
+    The law of the width is that of "Scaling and evaluating sparse autoencoders" (2024), as sparsify and
+    dictionary_learning write it. It is meant for runs of 10⁵ steps: in the 800 steps that a laptop has time for, five
+    times as much gave a better loss at a lower L0 (one-layer MLP, F 1024: 158 against 170 at L0 13 against 17).
     """
-    return 2e-4 / math.sqrt(d_sae / 2**14)
+    return 2e-4 / math.sqrt(d_sae / 2**14) * min(5.0, max(1.0, math.sqrt(20_000 / steps)))

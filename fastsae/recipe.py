@@ -18,7 +18,7 @@ from fastsae.optim import default_lr, geometric_median
 from fastsae.sae import SAE, SAEConfig
 from fastsae.store import ActivationStore, MemoryStore, steps_per_epoch
 
-Preset = Literal["monosemanticity", "april2024", "topk"]
+Preset = Literal["monosemanticity", "april2024", "relu", "topk"]
 Store = ActivationStore | MemoryStore
 
 _STATISTICS_ROWS = 2**16  # for E‖x − mean‖: its standard error is 1/256 of the spread of the norms
@@ -46,7 +46,7 @@ class TrainConfig(SAEConfig):
     batch_size: int = 4096
     """Tokens in an optimizer step."""
     lr: float = 0.0
-    """Peak learning rate of Adam; 0 means 2e-4 / √(F / 2¹⁴)."""
+    """Peak learning rate of Adam; 0 means 2e-4 / √(F / 2¹⁴), and up to five times as much in runs of < 20,000 steps."""
     beta1: float = 0.9
     """Adam's decay of the mean of gradients."""
     beta2: float = 0.999
@@ -120,7 +120,7 @@ class TrainConfig(SAEConfig):
             d_in=width,
             d_sae=d_sae,
             tokens=tokens,
-            lr=self.lr or default_lr(self.activation, d_sae),
+            lr=self.lr or default_lr(d_sae, max(1, tokens // self.batch_size)),
             dead_after_tokens=self.dead_after_tokens or self._dead_window(tokens),
         )
 
@@ -147,11 +147,12 @@ class TrainConfig(SAEConfig):
 
     @classmethod
     def preset(cls, name: Preset, **overrides: Any) -> TrainConfig:
-        """A published recipe, with `overrides` on top.
+        """A recipe by its name, with `overrides` on top.
 
         monosemanticity: Bricken et al. 2023; needs d_in, because its λ = 0.004 stands before a *mean* over the width
-        and is 0.004 · D here. april2024: Anthropic's update on training of April 2024. topk: "Scaling and evaluating
-        sparse autoencoders", 2024. Lengths are kept as fractions of the run; give `tokens` (theirs: 8.2G, about 0.8G).
+        and is 0.004 · D here. april2024: Anthropic's update on training of April 2024. relu: April 2024's loss with
+        unit decoder rows, b_dec at the median and a sparse start, for short runs. topk: "Scaling and evaluating sparse
+        autoencoders", 2024. Lengths are fractions of the run: give `tokens` (Bricken et al.: 8.2G).
         """
         if name not in get_args(Preset):
             raise ConfigError(f"preset must be one of {', '.join(get_args(Preset))}, got {name!r}")
@@ -199,16 +200,15 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "l1_warmup": 0.05,
         "clip": 1.0,
     },
+    "relu": {
+        "activation": "relu",
+        "l1_coefficient": 5.0,
+        "l1_weighting": "decoder_norm",
+    },
     "topk": {
         "activation": "topk",
         "k": 32,
         "aux_coefficient": 1 / 32,
-        "init_encoder": "tied",
-        "decoder_norm": "unit",
-        "normalise": "scale",
-        "lr_warmup": 0.01,
-        "lr_decay": 0.2,
-        "clip": 1.0,
     },
 }
 

@@ -22,9 +22,11 @@ def test_penalty_rises_from_nothing():
     assert penalty_factor(0, 200, 0.0) == 1
 
 
-def test_default_learning_rate_falls_with_width():
-    assert default_lr("topk", 2**14) == pytest.approx(2e-4)
-    assert default_lr("topk", 2**12) == pytest.approx(4e-4)
+def test_default_learning_rate_falls_with_width_and_length():
+    assert default_lr(2**14, 10**5) == pytest.approx(2e-4)
+    assert default_lr(2**12, 10**5) == pytest.approx(4e-4)
+    assert default_lr(2**14, 5000) == pytest.approx(4e-4)
+    assert default_lr(2**14, 10) == pytest.approx(1e-3)
 
 
 @pytest.mark.parametrize("max_norm", [0.1, 1.0, 1e3])
