@@ -3,25 +3,29 @@
 from pathlib import Path
 from typing import Any
 
-from fastsae.errors import FastSAEError
+from fastsae.errors import MissingDependencyError
 
 INSIDE, OUTSIDE, LINE = "#d55e00", "#9aa7b3", "#33424f"  # Okabe–Ito vermilion, greys
+WIDTH = 5.8  # inches: ten-point labels stay legible when a telephone shrinks the image to its width
+ABOVE: dict[str, Any] = {"frameon": False, "loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 2}
 
 
-def _figure(width: float, height: float) -> Any:
+def _figure(height: float, rows: int = 1, **options: Any) -> Any:
+    """(figure, axes), WIDTH × height inches; axes is an array where there are several rows."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise FastSAEError("the report's figures need matplotlib: pip install 'fastsae[all]'") from None
-    figure = Figure(figsize=(width, height), dpi=130, layout="constrained", facecolor="white")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
+        raise MissingDependencyError("the report's figures need matplotlib: pip install 'fastsae[report]'") from None
+    figure = Figure(figsize=(WIDTH, height), dpi=160, layout="constrained", facecolor="white")
+    axes: Any = figure.subplots(rows, **options)
+    for each in axes if rows > 1 else [axes]:
+        each.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
 def features_and_neurons(categories: list[dict], path: Path) -> None:
     """Pearson with the proxy: the best feature against the best neuron, a line per category."""
-    figure, axes = _figure(7, 0.45 * len(categories) + 1.1)
+    figure, axes = _figure(0.4 * len(categories) + 1.1)
     rows = sorted(categories, key=lambda row: row["pearson"])
     for y, row in enumerate(rows):
         axes.plot([row["neuron_pearson"], row["pearson"]], [y, y], color="#c5ced6", lw=3, zorder=1)
@@ -30,15 +34,15 @@ def features_and_neurons(categories: list[dict], path: Path) -> None:
     )
     axes.scatter([row["pearson"] for row in rows], range(len(rows)), color=INSIDE, s=60, label="best feature", zorder=3)
     axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
-    axes.set_xlim(0, 1)
-    axes.set_xlabel("Pearson's r with the proxy, on documents that did not choose the feature or the neuron")
-    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    axes.set_xlim(min(0.0, *(min(row["pearson"], row["neuron_pearson"]) for row in rows)) - 0.02, 1.02)
+    axes.set_xlabel("Pearson's r with the category")
+    axes.legend(**ABOVE)
     figure.savefig(path)
 
 
 def density(histogram: list[int], edges: list[float], path: Path) -> None:
     """How many features fire how often."""
-    figure, axes = _figure(7, 2.8)
+    figure, axes = _figure(2.6)
     axes.stairs(histogram, edges, fill=True, color=INSIDE, alpha=0.85)
     axes.set_xlabel("log₁₀ of the share of tokens on which a feature fires")
     axes.set_ylabel("features")
@@ -46,49 +50,64 @@ def density(histogram: list[int], edges: list[float], path: Path) -> None:
 
 
 def activations(bins: dict, name: str, path: Path) -> None:
-    """The paper's figure: per interval of activation, how many tokens are inside the category and how many outside."""
-    figure, axes = _figure(7, 3.0)
-    edges, inside, outside = bins["edges"], bins["inside"], bins["outside"]
+    """The paper's figure: per interval of activation, how many tokens fire, and which share is inside the category.
+
+    Counts on a logarithmic axis cannot be stacked and compared by eye, so the shares have an axis of their own.
+    """
+    figure, (counts, shares) = _figure(3.9, 2, sharex=True)
+    edges, total = bins["edges"], [a + b for a, b in zip(bins["inside"], bins["outside"], strict=True)]
+    counts.stairs(total, edges, fill=True, color=OUTSIDE, label="all")
+    counts.stairs(bins["inside"], edges, color=INSIDE, lw=2, label=name)
+    counts.set_yscale("symlog", linthresh=1)
+    counts.set_ylim(bottom=0)
+    counts.set_ylabel("tokens (log)")
+    counts.legend(**ABOVE)
+    share = [a / n if n else 0.0 for a, n in zip(bins["inside"], total, strict=True)]
+    _stacked(shares, edges, share, [1 - part if n else 0.0 for part, n in zip(share, total, strict=True)], name)
+    for left, right, part, n in zip(edges, edges[1:], share, total, strict=False):
+        if n:
+            shares.annotate(_percent(part), ((left + right) / 2, 1), ha="center", va="bottom", fontsize=8, color=LINE)
+    shares.set_ylabel("share of tokens")
+    shares.set_ylim(0, 1.12)
+    shares.set_yticks([0, 0.5, 1], ["0", "50 %", "100 %"])
+    shares.set_xlabel("activation of the feature")
+    figure.savefig(path)
+
+
+def _percent(share: float) -> str:
+    """Whole per cent; never 100 unless it is all of them, never 0 unless it is none."""
+    if 0 < share < 1:
+        share = min(max(share, 0.01), 0.99)
+    return f"{share:.0%}"
+
+
+def _stacked(axes: Any, edges: list[float], inside: list[float], outside: list[float], name: str) -> None:
     width = [b - a for a, b in zip(edges, edges[1:], strict=False)]
     axes.bar(edges[:-1], inside, width, align="edge", color=INSIDE, label=name, edgecolor="white")
     axes.bar(edges[:-1], outside, width, bottom=inside, align="edge", color=OUTSIDE, label="other", edgecolor="white")
-    for left, w, a, b in zip(edges, width, inside, outside, strict=False):
-        if a + b:
-            axes.annotate(f"{a / (a + b):.0%}", (left + w / 2, a + b), ha="center", va="bottom", fontsize=8, color=LINE)
-    axes.set_xlabel("activation of the feature")
-    axes.set_ylabel("tokens")
-    axes.set_yscale("symlog", linthresh=10)
-    axes.margins(y=0.12)
-    axes.legend(frameon=False)
-    figure.savefig(path)
 
 
 def expected_value(bins: dict, name: str, path: Path) -> None:
     """The same weighted by the activation: what carries the feature's effect."""
-    middles = [(a + b) / 2 for a, b in zip(bins["edges"], bins["edges"][1:], strict=False)]
-    weighted = dict(bins) | {
-        part: [round(n * m) for n, m in zip(bins[part], middles, strict=True)] for part in ("inside", "outside")
-    }
-    figure, axes = _figure(7, 2.6)
-    width = [b - a for a, b in zip(bins["edges"], bins["edges"][1:], strict=False)]
-    axes.bar(bins["edges"][:-1], weighted["inside"], width, align="edge", color=INSIDE, label=name, edgecolor="white")
-    axes.bar(
-        bins["edges"][:-1], weighted["outside"], width, bottom=weighted["inside"], align="edge", color=OUTSIDE,
-        label="other", edgecolor="white",
-    )  # fmt: skip
+    edges = bins["edges"]
+    middles = [(a + b) / 2 for a, b in zip(edges, edges[1:], strict=False)]
+    inside, outside = ([n * m for n, m in zip(bins[part], middles, strict=True)] for part in ("inside", "outside"))
+    figure, axes = _figure(2.4)
+    _stacked(axes, edges, inside, outside, name)
     axes.set_xlabel("activation of the feature")
     axes.set_ylabel("tokens × activation")
-    axes.legend(frameon=False)
+    axes.legend(**ABOVE)
     figure.savefig(path)
 
 
 def logits(weights: dict, name: str, path: Path) -> None:
     """Distribution of the feature's logit weights over the vocabulary, the category's tokens apart."""
-    figure, axes = _figure(7, 2.6)
+    figure, axes = _figure(2.4)
     axes.stairs(weights["outside"], weights["edges"], fill=True, color=OUTSIDE, label="other tokens")
-    axes.stairs(weights["inside"], weights["edges"], fill=True, color=INSIDE, alpha=0.85, label=f"{name} tokens")
+    axes.stairs(weights["inside"], weights["edges"], color=INSIDE, lw=2, label=f"{name} tokens")
     axes.set_yscale("symlog", linthresh=1)
     axes.set_xlabel("logit weight, per unit of activation")
-    axes.set_ylabel("vocabulary entries")
-    axes.legend(frameon=False)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("vocabulary (log)")
+    axes.legend(**ABOVE)
     figure.savefig(path)

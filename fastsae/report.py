@@ -1,5 +1,6 @@
 """The report: results of an analysis as one HTML page with figures beside it. Everything from text is escaped."""
 
+import unicodedata
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -10,29 +11,39 @@ from fastsae.files import write_text
 # Bricken et al. 2023, text and published data of A/1: Pearson with the proxy, match in the other run.
 PAPER_PEARSON = {"Arabic": 0.74, "DNA": 0.80, "base64": 0.38, "Hebrew": 0.55}
 PAPER_MATCH = {"Arabic": 0.91}
+PAPER_ARABIC = (
+    "The paper’s Arabic feature: 0.13 % of its tokens are Arabic, 81 % of those on which the feature is active and 98 % "
+    "of those above activation 5; without it the loss on the 20 strongest tokens rises by 6.1 nats. Its model saw far "
+    "more text, so its figures are something to compare with, not the same experiment."
+)
 
 STYLE = """
 :root{--ink:#1d2730;--soft:#5b6975;--line:#dde3e8;--paper:#fff;--card:#f6f8fa;--hot:213,94,0;--good:#00714f;--bad:#a8400a}
 @media(prefers-color-scheme:dark){:root{--ink:#e4e9ee;--soft:#9fadb9;--line:#33404b;--paper:#151b21;--card:#1d252d;
---hot:230,120,30;--good:#4cc9a0;--bad:#ff9f66}img{background:#fff}}
+--hot:230,120,30;--good:#4cc9a0;--bad:#ff9f66}img{filter:invert(.9) hue-rotate(180deg)}}
 *{box-sizing:border-box}body{margin:0 auto;max-width:980px;padding:24px 16px 80px;background:var(--paper);color:var(--ink);
 font:16px/1.55 system-ui,sans-serif}h1{font-size:1.7rem;line-height:1.2}h2{margin-top:2.6rem;border-top:1px solid var(--line);
 padding-top:1.4rem}h3{margin:1.6rem 0 .4rem}p,li{max-width:72ch}.soft,figcaption{color:var(--soft);font-size:.9rem}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-size:.92rem;font-variant-numeric:tabular-nums}
-th,td{padding:.3rem .7rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
-th:first-child,td:first-child{text-align:left}thead th{color:var(--soft);font-weight:600}
+th,td{padding:.3rem .55rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
+th:first-child,td:first-child{text-align:left;white-space:normal;min-width:6.2rem}thead th{color:var(--soft);font-weight:600}
 .yes{color:var(--good);font-weight:600}.no{color:var(--bad);font-weight:600}figure{margin:1rem 0}
-img{max-width:100%;height:auto;border-radius:6px}.ctx{margin:.25rem 0;padding:.35rem .6rem;background:var(--card);
-border-radius:6px;overflow-wrap:anywhere;font-size:.95rem}.ctx span{border-radius:3px;white-space:pre-wrap}
-.ctx .at{outline:1px solid rgb(var(--hot))}.num{color:var(--soft);font-size:.8rem;margin-right:.6rem}
+img{width:100%;max-width:640px;height:auto;border-radius:6px}.ctx{display:flex;gap:.6rem;align-items:baseline;margin:.25rem 0;padding:.35rem .6rem;background:var(--card);
+border-radius:6px;font-size:.95rem}.ctx div{flex:1;min-width:0;overflow-wrap:anywhere}.ctx span{border-radius:3px;white-space:pre-wrap}
+.ctx .at{outline:1px solid rgb(var(--hot))}.num{color:var(--soft);font-size:.8rem;min-width:2rem}summary{cursor:pointer;color:var(--soft);margin:.4rem 0}h1,code{overflow-wrap:anywhere}h1 code{font-size:.85em}
 .sample{background:var(--card);border-radius:6px;padding:.5rem .7rem;margin:.3rem 0;overflow-wrap:anywhere;white-space:pre-wrap}
 dt{font-weight:600;margin-top:.7rem}dd{margin:0;max-width:72ch}nav a{margin-right:1rem}a{color:inherit}
+@media(max-width:600px){th,td{padding:.3rem .4rem}body{font-size:15px}}
 """
 
 GLOSSARY = {
+    "feature, neuron": "a feature is one latent of the dictionary, a neuron one coordinate of the activations it was "
+    "trained on.",
     "base rate": "share of all tokens that belong to the category.",
     "Pearson": "correlation of the activation with the proxy (belongs / does not), over all held-out tokens of the half of "
     "the documents that did not choose the feature. 1 is a perfect detector.",
+    "advantage": "Pearson of the best feature less that of the best neuron; both were chosen on the other half.",
+    "recall": "of the category's tokens, the share on which the feature is active.",
     "specificity": "of the tokens on which the feature is active, the share inside the category; upper: of those with more "
     "than half of its largest activation. Lift is specificity over base rate.",
     "ablation": "rise of the loss, in nats per token, when the feature is set to 0. Inside: on tokens of the category that "
@@ -43,6 +54,12 @@ GLOSSARY = {
     "another seed.",
     "CE recovered": "how much of the loss that ablating the layer costs the dictionary wins back. Zero ablation flatters; "
     "the figure against mean ablation stands beside it.",
+    "nats": "unit of the loss: minus the natural logarithm of the probability given to the token that came.",
+    "unigram, bigram": "loss of predicting each token from frequencies alone, and from the token before it: what a "
+    "language model must beat.",
+    "logit weight": "what one unit of the feature adds to the logit of a token, the median token taken as 0.",
+    "expected value": "tokens times activation: how much of the feature's total output falls in an interval.",
+    "dead": "the share of features that never fired on the text of the evaluation.",
     "L0": "features active per token.",
     "FVE": "fraction of the activations' variance that the dictionary explains.",
 }
@@ -104,66 +121,90 @@ def _row(*cells: Any) -> str:
     return "<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in cells) + "</tr>"
 
 
+# Label, part of the run's figures, key, format, and the paper's figure for A/1 (512 neurons, 4,096 features).
+QUALITY = [
+    ("LM: held-out loss, nats per token", "lm", "val_loss", ".3f", ""),
+    ("LM: interpolated bigram on the same tokens", "lm", "bigram", ".3f", ""),
+    ("LM: unigram", "lm", "unigram", ".3f", ""),
+    ("LM: parameters", "lm", "parameters", ",.0f", ""),
+    ("LM: tokens seen", "lm", "tokens", ",.0f", ""),
+    ("SAE: tokens seen", "train", "tokens", ",.0f", ""),
+    ("SAE: L0, features active per token", "eval", "l0", ".1f", "4.9"),
+    ("SAE: FVE, variance explained", "eval", "fve", ".1%", ""),
+    ("SAE: dead features", "eval", "dead", ".1%", ""),
+    ("loss as it is", "eval", "ce_raw", ".3f", ""),
+    ("loss through the SAE", "eval", "ce_spliced", ".3f", ""),
+    ("loss, layer set to zero", "eval", "ce_zero", ".3f", ""),
+    ("loss, layer set to its mean", "eval", "ce_mean", ".3f", ""),
+    ("CE recovered, against zero", "eval", "recovered_zero", ".1%", "79 %"),
+    ("CE recovered, against mean", "eval", "recovered_mean", ".1%", ""),
+]
+
+
 def _quality(results: dict, folder: Path) -> str:
-    runs = [(name, results["quality"][name]) for name in ("a", "b") if name in results["quality"]]
+    runs = [(name, results["quality"][name]) for name in ("a", "b") if results["quality"].get(name)]
     if not runs:
         return ""
-    lines = [
-        ("LM: held-out loss, nats per token", "lm", "val_loss", ".3f"),
-        ("LM: interpolated bigram on the same tokens", "lm", "bigram", ".3f"),
-        ("LM: unigram", "lm", "unigram", ".3f"),
-        ("LM: tokens seen", "lm", "tokens", ",.0f"),
-        ("SAE: tokens seen", "train", "tokens", ",.0f"),
-        ("SAE: L0", "eval", "l0", ".1f"),
-        ("SAE: FVE", "eval", "fve", ".3f"),
-        ("SAE: dead features", "eval", "dead", ".1%"),
-        ("loss as it is", "eval", "ce_raw", ".3f"),
-        ("loss through the SAE", "eval", "ce_spliced", ".3f"),
-        ("loss, layer set to zero", "eval", "ce_zero", ".3f"),
-        ("loss, layer set to its mean", "eval", "ce_mean", ".3f"),
-        ("CE recovered, against zero (paper: 79 %)", "eval", "recovered_zero", ".1%"),
-        ("CE recovered, against mean", "eval", "recovered_mean", ".1%"),
-    ]
-    rows = "".join(_row(label, *(format(run[part][key], form) for _, run in runs)) for label, part, key, form in lines)
-    first = runs[0][1]["eval"]
-    figures.density(first["histogram"], first["histogram_edges"], folder / "density.png")
-    return (
-        "<h2>Quality</h2>" + _frame(("", *(f"run {name.upper()}" for name, _ in runs)), rows)
-        + _image("density.png", "Histogram of feature densities", "How often features fire (run A).")
-    )  # fmt: skip
+    rows = ""
+    for label, part, key, form, paper in QUALITY:
+        values = [run.get(part, {}).get(key) for _, run in runs]
+        if any(value is not None for value in values):
+            rows += _row(label, *("–" if value is None else format(value, form) for value in values), paper)
+    table = _frame(("", *(f"run {name.upper()}" for name, _ in runs), "paper"), rows)
+    scores = runs[0][1].get("eval", {})
+    if not scores.get("histogram"):
+        return "<h2>Quality</h2>" + table
+    figures.density(scores["histogram"], scores["histogram_edges"], folder / "density.png")
+    caption = f"How often features fire (run {runs[0][0].upper()}); those that never did are not drawn."
+    return "<h2>Quality</h2>" + table + _image("density.png", "Histogram of feature densities", caption)
 
 
 def _image(name: str, alt: str, caption: str) -> str:
     return f"<figure><img src='{name}' alt='{escape(alt)}'><figcaption>{escape(caption)}</figcaption></figure>"
 
 
+def _number(value: float, form: str) -> str:
+    return format(value, form).replace("-", "−")
+
+
 def _table(results: dict) -> str:
-    rows = "".join(
-        _row(
-            row["name"], f"{row['base_rate']:.2%}", f"{row['pearson']:.2f}", PAPER_PEARSON.get(row["name"], "–"),
-            f"{row['neuron_pearson']:.2f}", f"{row['advantage']:+.2f}", f"{row['specificity']:.0%}",
-            f"{row['specificity_upper']:.0%}", f"{row['lift_upper']:.0f}×", *_effects(row),
-        )
-        for row in results["categories"]
-    )  # fmt: skip
-    head = ("category", "base rate", "Pearson", "paper", "best neuron", "advantage", "specificity", "upper half",
-            "lift there", "ΔNLL inside", "elsewhere", "pinned", "unpinned", "neuron pinned", "match", "paper")  # fmt: skip
+    found, effects = "", ""
+    for row in results["categories"]:
+        paper, match = PAPER_PEARSON.get(row["name"]), PAPER_MATCH.get(row["name"])
+        found += _row(
+            row["name"], f"{row['base_rate']:.2%}", _number(row["pearson"], ".2f"), "–" if paper is None else f"{paper:.2f}",
+            _number(row["neuron_pearson"], ".2f"), _number(row["advantage"], "+.2f"), f"{row['specificity']:.0%}",
+            f"{row['specificity_upper']:.0%}", f"{row['lift_upper']:.0f}×", f"{row['recall']:.0%}",
+        )  # fmt: skip
+        effects += _row(row["name"], *_effects(row), "–" if match is None else f"{match:.2f}")
     universal = results.get("universality")
     note = (
         f"<p>Over {universal['count']} features drawn at random the median best match in the other run is "
-        f"{universal['features']:.2f}; over all neurons it is {universal['neurons']:.2f} (paper: .72 and .46).</p>"
+        f"{universal['features']:.2f}; over all neurons it is {universal['neurons']:.2f} (paper: 0.72 and 0.46).</p>"
         if universal else ""
     )  # fmt: skip
-    image = _image("features_and_neurons.png", "Best feature and best neuron per category", "")
-    return f"<h2>The features, beside the paper’s figures</h2>{_frame(head, rows)}{image}{note}"
+    any_effect = any(row["ablation"] or row["pinning"] or row["match"] for row in results["categories"])
+    return (
+        "<h2>The features, beside the paper’s figures</h2><h3>Is it a detector?</h3>"
+        + _frame(("category", "base rate", "Pearson", "paper", "neuron", "advantage", "specificity", "upper half",
+                  "lift there", "recall"), found)
+        + _image("features_and_neurons.png", "Best feature and best neuron per category",
+                 "Best feature and best neuron, each chosen on the other half of the documents.")
+        + (
+            "<h3>Does the model use it, and does another run find it?</h3>"
+            + _frame(("category", "ΔNLL inside", "elsewhere", "pinned", "unpinned", "neuron pinned", "match", "paper"),
+                     effects)
+            if any_effect else ""
+        )
+        + note + f"<p class=soft>{escape(PAPER_ARABIC)}</p>"
+    )  # fmt: skip
 
 
 def _effects(row: dict) -> list[str]:
     ablation, pinning, match = row["ablation"], row["pinning"], row["match"]
-    cells = [f"{ablation['inside']:+.3f}", f"{ablation['outside']:+.4f}"] if ablation else ["–", "–"]
-    keys = ("pinned", "unpinned", "neuron")
-    cells += [f"{pinning[key]:.3f}" for key in keys] if pinning else ["–"] * 3
-    return [*cells, f"{match['pearson']:.2f}" if match else "–", str(PAPER_MATCH.get(row["name"], "–"))]
+    cells = [_number(ablation["inside"], "+.3f"), _number(ablation["outside"], "+.4f")] if ablation else ["–", "–"]
+    cells += [f"{pinning[key]:.1%}" for key in ("pinned", "unpinned", "neuron")] if pinning else ["–"] * 3
+    return [*cells, _number(match["pearson"], ".2f") if match else "–"]
 
 
 def _id(row: dict) -> str:
@@ -174,21 +215,42 @@ def _card(row: dict, folder: Path) -> str:
     name, stem = row["name"], _id(row)
     figures.activations(row["bins"], name, folder / f"{stem}-activations.png")
     figures.expected_value(row["bins"], name, folder / f"{stem}-expected.png")
+    image = f"Activations inside and outside {name}"
     parts = [
-        f"<h2 id='{stem}'>{escape(name)}: feature {row['feature']}</h2>"
-        f"<p>Fires on {row['density']:.2%} of tokens, at most {row['max']:.1f}. "
-        f"Pearson {row['pearson']:.2f} ({row['pearson_clipped']:.2f} with the graded proxy), recall {row['recall']:.0%}; the "
-        f"best neuron, {row['neuron']}, has {row['neuron_pearson']:.2f}. "
-        f"Largest decoder coefficients: {', '.join(f'neuron {n}: {c:+.2f}' for n, c in row['neurons'])}.</p>",
-        _image(f"{stem}-activations.png", f"Activations inside and outside {name}",
-               f"Active tokens by activation; the percentage is the share of {name} in the interval (log scale)."),
-        _image(f"{stem}-expected.png", "Expected value", "The same weighted by activation."),
+        f"<h2 id='{stem}'>{escape(name)}: feature {row['feature']}</h2>",
+        _summary(row),
+        _image(f"{stem}-activations.png", image,
+               f"Above: tokens by the feature’s activation. Below: the share of them that are {name}, per interval; "
+               f"of all tokens it is {row['base_rate']:.2%}."),
+        _image(f"{stem}-expected.png", f"Expected value inside and outside {name}",
+               "Expected value: tokens weighted by their activation."),
         _logit_part(row, stem, folder),
         _ablation_part(row),
         _pinning_part(row),
-        "<h3>Where it fires most</h3>" + "".join(_context(c, row["max"]) for c in row["contexts"]),
+        _contexts(row),
     ]  # fmt: skip
     return "".join(parts)
+
+
+def _summary(row: dict) -> str:
+    largest = ", ".join(f"neuron {n} {_number(c, '+.2f')}" for n, c in row["neurons"])
+    correlated, match = row.get("neuron_correlation"), row["match"]
+    sentences = [
+        f"Fires on {row['density']:.2%} of tokens, at most {row['max']:.1f}; on {row['recall']:.0%} of the category.",
+        f"Pearson with the category {_number(row['pearson'], '.2f')} ({_number(row['pearson_clipped'], '.2f')} with the "
+        f"graded proxy); the best neuron, {row['neuron']}, has {_number(row['neuron_pearson'], '.2f')}.",
+        f"Largest decoder coefficients: {largest}." if largest else "",
+        f"The neuron most correlated with it is {correlated[0]}, r {_number(correlated[1], '.2f')}."
+        if correlated
+        else "",
+    ]
+    if match:
+        weights = match["logit_pearson"]
+        also = "" if weights is None else f" (logit weights: {_number(weights, '.2f')})"
+        sentences.append(
+            f"In the other run feature {match['feature']} matches it, r {_number(match['pearson'], '.2f')}{also}."
+        )
+    return f"<p>{' '.join(filter(None, sentences))}</p>"
 
 
 def _logit_part(row: dict, stem: str, folder: Path) -> str:
@@ -196,11 +258,15 @@ def _logit_part(row: dict, stem: str, folder: Path) -> str:
         return ""
     figures.logits(row["logits"], row["name"], folder / f"{stem}-logits.png")
     lists = "".join(
-        f"<p>{label}: " + ", ".join(f"<bdi>{escape(_visible(t))}</bdi> <span class=soft>{v:+.2f}</span>" for t, v in row["logits"][key]) + "</p>"
+        f"<p>{label}: " + ", ".join(f"<bdi>{escape(_visible(t))}</bdi> <span class=soft>{_number(v, '+.2f')}</span>" for t, v in row["logits"][key]) + "</p>"
         for key, label in (("top", "It makes likelier"), ("bottom", "and less likely"))
     )  # fmt: skip
     return (
-        _image(f"{stem}-logits.png", "Logit weights", "What one unit of activation does to every token’s logit.")
+        _image(
+            f"{stem}-logits.png",
+            "Logit weights",
+            f"What one unit of activation adds to every token’s logit; {row['name']} tokens outlined.",
+        )
         + lists
     )
 
@@ -210,8 +276,9 @@ def _ablation_part(row: dict) -> str:
         return ""
     a = row["ablation"]
     return (
-        f"<p>Set to zero, the loss rises by {a['inside']:+.3f} nats per token on {a['tokens_inside']:,} tokens inside the "
-        f"category, by {a['outside']:+.4f} elsewhere, and by {a['top']:+.2f} after the 20 strongest activations.</p>"
+        f"<p>Set to zero, it changes the loss by {_number(a['inside'], '+.3f')} nats per token on {a['tokens_inside']:,} "
+        f"tokens inside the category, by {_number(a['outside'], '+.4f')} elsewhere, and by {_number(a['top'], '+.2f')} after "
+        "the 20 strongest activations.</p>"
     )
 
 
@@ -228,13 +295,37 @@ def _pinning_part(row: dict) -> str:
     for key, label in labels.items():
         samples = "".join(f"<div class=sample dir=auto>{escape(_visible(text))}</div>" for text in p["samples"][key])
         parts.append(f"<h4>{escape(label)}: {p[key]:.1%} of the probability on {escape(row['name'])}</h4>{samples}")
-    return "<h3>What the model writes from nothing, a new line, and a count to ten</h3>" + "".join(parts)
+    return f"<h3>What the model writes from {_prefixes(p.get('prefix'))}</h3>" + "".join(parts)
+
+
+def _prefixes(prefix: str | list[str] | None) -> str:
+    prefixes = [prefix] if isinstance(prefix, str) else prefix or [""]
+    return ", ".join(f"<q><bdi>{escape(_visible(p))}</bdi></q>" if p else "nothing" for p in prefixes)
 
 
 def _visible(text: str) -> str:
-    return "".join(
-        "⏎" if c == "\n" else "⇥" if c == "\t" else c if c.isprintable() or c == " " else "\ufffd" for c in text
-    )
+    return "".join(map(_visible_character, text))
+
+
+def _visible_character(c: str) -> str:
+    """What a reader should see of c: controls as their pictures, what would hide or turn the line as its number."""
+    if c == "\n":
+        return "⏎"
+    if c == "\t":
+        return "⇥"
+    if ord(c) < 32:
+        return chr(0x2400 + ord(c))
+    if c.isprintable() or unicodedata.category(c) == "Zs" or c in "\u200c\u200d":  # joiners: Persian, emoji
+        return c
+    return f"‹U+{ord(c):04X}›"
+
+
+def _contexts(row: dict, shown: int = 8) -> str:
+    if not row["contexts"]:
+        return ""
+    lines = [_context(context, row["max"]) for context in row["contexts"]]
+    more = f"<details><summary>{len(lines) - shown} more</summary>{''.join(lines[shown:])}</details>"
+    return "<h3>Where it fires most</h3>" + "".join(lines[:shown]) + (more if len(lines) > shown else "")
 
 
 def _context(context: dict, highest: float) -> str:
@@ -248,4 +339,4 @@ def _context(context: dict, highest: float) -> str:
         mark = " class=at" if i == context["at"] else ""
         spans.append(f"<span{mark}{shade} title='{value:.2f}'>{escape(_visible(token))}</span>")
     value = context["activations"][context["at"]]
-    return f"<div class=ctx dir=auto><bdi class=num>{value:.1f}</bdi>{''.join(spans)}</div>"
+    return f"<div class=ctx><span class=num>{value:.1f}</span><div dir=auto>{''.join(spans)}</div></div>"

@@ -8,8 +8,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from fastsae import report
-from fastsae.errors import FastSAEError
+from fastsae import figures, report
+from fastsae.errors import MissingDependencyError
 
 pytest.importorskip("matplotlib")
 
@@ -150,6 +150,31 @@ def test_the_figures_are_stated(tmp_path):
         assert figure in page.text, figure
 
 
+def test_marks_stand_for_what_cannot_be_seen():
+    assert report._visible("a\n\t\x00") == "a⏎⇥␀"
+    assert report._visible("\u202eabc\ud800") == "‹U+202E›abc‹U+D800›"
+    assert report._visible("می\u200cخواهم\ufffd\u00a0🙂") == "می\u200cخواهم\ufffd\u00a0🙂"
+
+
+def test_shares_are_whole_only_when_they_are():
+    assert [figures._percent(x) for x in (0, 1e-6, 0.5, 0.9999, 1)] == ["0%", "1%", "50%", "99%", "100%"]
+
+
+def test_paper_and_runs_stand_side_by_side(tmp_path):
+    case = results()
+    case["quality"]["a"]["eval"]["ce_mean"] = None
+    page = Page(report.write(case, tmp_path).read_text(encoding="utf-8"))
+    for figure in ("79 %", "4.9", "0.91", "0.74", "0.13 %", "6.1 nats", "1,2,3"):
+        assert figure in page.text, figure
+    assert "None" not in page.text
+
+
+def test_negative_correlations_are_drawn_and_written(tmp_path):
+    case = results()
+    case["categories"][0] |= {"pearson": -0.2, "advantage": -0.6}
+    assert "−0.20" in Page(report.write(case, tmp_path).read_text(encoding="utf-8")).text
+
+
 def test_shading_follows_the_activation(tmp_path):
     page = Page(report.write(results(), tmp_path).read_text(encoding="utf-8"))
     shades = {a["title"]: a.get("style", "") for a in page.all("span") if "title" in a}
@@ -200,6 +225,6 @@ def test_without_matplotlib(tmp_path, monkeypatch):
         return load(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(FastSAEError, match="matplotlib") as caught:
+    with pytest.raises(MissingDependencyError, match="matplotlib") as caught:
         report.write(results(), tmp_path)
     assert "\n" not in str(caught.value) and "pip install" in str(caught.value)
