@@ -15,8 +15,9 @@ from torch import Tensor
 
 from fastsae.analysis.labels import Spelling, TokenBytes
 from fastsae.analysis.proxies import DEFAULT, Proxy, proxies, score_all
+from fastsae.codes import SparseCode
 from fastsae.contexts import context_batches, model_limits
-from fastsae.errors import FastSAEError
+from fastsae.errors import FastSAEError, TooDenseError
 from fastsae.hooks import capture
 from fastsae.progress import progress
 from fastsae.sae import SAE
@@ -198,6 +199,14 @@ def collect(
     )
 
 
+def sparse_code(sae: SAE, x: Tensor) -> SparseCode:
+    """sae.encode_sparse(x), also where a ReLU dictionary has a token with more than max_l0 active latents."""
+    try:
+        return sae.encode_sparse(x)
+    except TooDenseError:
+        return SparseCode.from_dense(sae.encode(x))
+
+
 class _Codes:
     """Codes in the order of tokens, turned over at the end."""
 
@@ -205,7 +214,7 @@ class _Codes:
         self.n, self.rows, self.features, self.values = 0, [], [], []
 
     def add(self, sae: SAE, x: Tensor) -> None:
-        code = sae.encode_sparse(x)
+        code = sparse_code(sae, x)
         on = code.valid() & (code.values > 0)
         rows, slots = on.nonzero(as_tuple=True)
         self.rows.append((rows + self.n).int().cpu())

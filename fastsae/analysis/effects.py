@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsae.analysis.collect import sparse_code
 from fastsae.hooks import replace
 from fastsae.sae import SAE
 
@@ -23,7 +24,7 @@ def direction(sae: SAE, feature: int) -> Tensor:
 
 def feature_values(sae: SAE, x: Tensor, feature: int) -> Tensor:
     """The feature's activation at x [B, T, D]: [B, T]."""
-    code = sae.encode_sparse(x)
+    code = sparse_code(sae, x)
     value = torch.where((code.indices == feature) & code.valid(), code.values, torch.zeros_like(code.values)).sum(-1)
     return value.reshape(x.shape[:-1])
 
