@@ -39,22 +39,28 @@ if TYPE_CHECKING:
 
 
 class Parts(NamedTuple):
-    """What a rule makes of rows [N, D]: all in the SAE's units, every scalar ready to be added up.
+    """What a rule makes of rows [N, D], in the SAE's units.
 
-    x_hat [N, D]; sparsity and aux scalars; code None where it was too dense; l0 [N]; fired [F] bool.
+    x_hat [N, D]; sparsity and aux scalars, to be added to the mse; code None where it was too dense; active: entries of
+    the code, a scalar; fired [F] bool.
     """
 
     x_hat: Tensor
     sparsity: Tensor
     aux: Tensor
     code: SparseCode | None
-    l0: Tensor
+    active: Tensor
     fired: Tensor
 
 
-def mean_rows(per_row: Tensor) -> Tensor:
-    """Mean over rows in fp32; 0 for no rows."""
-    return per_row.float().sum() / max(per_row.shape[0], 1)
+def wide(t: Tensor) -> Tensor:
+    """t in float32, or as it is in float64: what losses are summed in."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def squared_error(x_hat: Tensor, wanted: Tensor) -> Tensor:
+    """Mean over rows of the squared error, summed over D; 0 for no rows."""
+    return torch.nn.functional.mse_loss(wide(x_hat), wide(wanted), reduction="sum") / max(x_hat.shape[0], 1)
 
 
 class ReLU:
@@ -82,14 +88,15 @@ class ReLU:
         if code is None:
             dense = ops.relu_dense(rows, sae.encoder.weight, sae.encoder.bias, sae.W_dec, weighted, sae.centre)
             x_hat, l1, l0, fired = dense
-        elif weighted:
-            x_hat, l1 = ops.decode_with_l1(code, sae.W_dec, sae.cfg.backend)
-            l0, fired = code.l0(), code.fired()
+            active = l0.sum()
         else:
-            x_hat, l1 = ops.decode(code, sae.W_dec, sae.cfg.backend), code.values.sum(-1)
-            l0, fired = code.l0(), code.fired()
-        sparsity = sae.cfg.l1_coefficient * mean_rows(l1)
-        return Parts(x_hat + sae.b_dec, sparsity, torch.zeros_like(sparsity), code, l0, fired)
+            if weighted:
+                x_hat, l1 = ops.decode_with_l1(code, sae.W_dec, sae.cfg.backend)
+            else:
+                x_hat, l1 = ops.decode(code, sae.W_dec, sae.cfg.backend), code.values
+            active, fired = activity(code)
+        sparsity = sae.cfg.l1_coefficient * wide(l1).sum() / max(rows.shape[0], 1)
+        return Parts(x_hat + sae.b_dec, sparsity, torch.zeros_like(sparsity), code, active, fired)
 
 
 class TopK:
@@ -110,19 +117,19 @@ class TopK:
     @staticmethod
     def parts(sae: SAE, rows: Tensor, wanted: Tensor) -> Parts:
         code = TopK.encode(sae, rows)
-        x_hat = ops.decode(code, sae.W_dec, sae.cfg.backend) + sae.b_dec
-        aux = TopK.aux(sae, rows, (wanted - x_hat).detach())
-        return Parts(x_hat, torch.zeros_like(aux), aux, code, code.l0(), code.fired())
+        x_hat = decode_rows(sae, code)
+        aux = TopK.aux(sae, rows, wanted, x_hat)
+        return Parts(x_hat, torch.zeros_like(aux), aux, code, *activity(code))
 
     @staticmethod
-    def aux(sae: SAE, rows: Tensor, residual: Tensor) -> Tensor:
+    def aux(sae: SAE, rows: Tensor, wanted: Tensor, x_hat: Tensor) -> Tensor:
         """aux_coefficient · mean_n ‖ê − e‖²: the residual e rebuilt by the k_aux best dead latents, b_dec left out.
 
         "Scaling and evaluating sparse autoencoders" (2024), §A.2, in the units of the mse. 0 without dead latents, and
         outside of training mode, where it has no use.
         """
         cfg = sae.cfg
-        zero = torch.zeros((), device=rows.device)
+        zero = wide(rows.new_zeros(()))
         if cfg.aux_coefficient == 0 or not sae.training:
             return zero
         dead = (sae.tokens_since_fired >= cfg.dead_after_tokens).nonzero().squeeze(1)
@@ -130,8 +137,16 @@ class TopK:
             return zero
         k = min(cfg.aux_active, dead.numel())
         code = ops.encode_topk(rows, sae.encoder.weight, sae.encoder.bias, k, sae.centre, subset=dead)
-        error = ops.decode(code, sae.W_dec, cfg.backend) - residual
-        return cfg.aux_coefficient * mean_rows(error.float().square().sum(-1))
+        residual = (wanted - x_hat).detach()
+        return cfg.aux_coefficient * squared_error(ops.decode(code, sae.W_dec, cfg.backend), residual)
+
+
+def activity(code: SparseCode) -> tuple[Tensor, Tensor]:
+    """Entries of a code in which every used slot is positive: how many, and by which latents [F] bool."""
+    used = code.indices.new_tensor(code.indices.numel()) if code.counts is None else code.counts.sum()
+    times = torch.bincount(code.indices.reshape(-1), minlength=code.d_sae)
+    times[0] -= code.indices.numel() - used  # unused slots hold index 0
+    return used, times > 0
 
 
 def decode_rows(sae: SAE, code: SparseCode) -> Tensor:

@@ -42,10 +42,9 @@ def encode_topk(
         else:
             values, indices = cpu.encode_topk(x, weight[subset], bias[subset], k, centre)
             indices = torch.where(values > 0, subset[indices], 0)
-        counts = (values > 0).sum(-1)
-        full = bool((counts == k).all())
-    code = SparseCode(values, indices, weight.shape[0], None if full else counts)
-    return _with_gradient(code, x, weight, bias, centre)
+        # Values descend, so a row is full if its last slot is in use.
+        counts = None if bool((values[:, -1] > 0).all()) else (values > 0).sum(-1)
+    return _with_gradient(values, indices, counts, x, weight, bias, centre)
 
 
 def encode_relu(
@@ -59,8 +58,7 @@ def encode_relu(
         found = cpu.encode_relu(x, weight, bias, max_l0, centre)
     if found is None:
         return None
-    values, indices, counts = found
-    return _with_gradient(SparseCode(values, indices, weight.shape[0], counts), x, weight, bias, centre)
+    return _with_gradient(*found, x, weight, bias, centre)
 
 
 def decode(code: SparseCode, w_dec: Tensor, backend: Backend = "auto") -> Tensor:
@@ -69,13 +67,12 @@ def decode(code: SparseCode, w_dec: Tensor, backend: Backend = "auto") -> Tensor
     w_dec: [F, D]. Reads N·K·D + 2·N·K elements and writes N·D; backward the same again, and the [F, D] gradient.
     Raises FastSAEError if backend is "triton" and the tensors are not on a CUDA device, or Triton is missing.
     """
-    out, _ = _Decode.apply(code.values, w_dec, code.indices, code.counts, _use_triton(backend, w_dec), False)
-    return out
+    return _decode(code, w_dec, backend, False)[0]
 
 
 def decode_with_l1(code: SparseCode, w_dec: Tensor, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
     """decode, and Σ_k values[n, k] · ‖w_dec[indices[n, k]]‖₂ per row [N], so that w_dec has one gradient buffer."""
-    return _Decode.apply(code.values, w_dec, code.indices, code.counts, _use_triton(backend, w_dec), True)
+    return _decode(code, w_dec, backend, True)
 
 
 def relu_dense(
@@ -104,9 +101,33 @@ def _not_autocast(method: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _with_gradient(code: SparseCode, x: Tensor, weight: Tensor, bias: Tensor, centre: Tensor | None) -> SparseCode:
-    values = _PreActivationsAt.apply(x, weight, bias, centre, code.values, code.indices, code.counts)
-    return SparseCode(values, code.indices, code.d_sae, code.counts)
+class _Order:
+    """A code sorted by feature. Two backward passes need it, the decoder's and then the encoder's; the first makes it."""
+
+    def __init__(self, indices: Tensor, counts: Tensor | None, d_sae: int) -> None:
+        self.indices, self.counts, self.d_sae = indices, counts, d_sae
+        self.made: cpu.ByFeature | None = None
+
+    def get(self) -> cpu.ByFeature:
+        if self.made is None:
+            self.made = cpu.by_feature(self.indices, self.counts, self.d_sae)
+        return self.made
+
+
+def _with_gradient(
+    values: Tensor, indices: Tensor, counts: Tensor | None,
+    x: Tensor, weight: Tensor, bias: Tensor, centre: Tensor | None,
+) -> SparseCode:  # fmt: skip
+    F = weight.shape[0]
+    values = _PreActivationsAt.apply(x, weight, bias, centre, values, _Order(indices, counts, F))
+    return SparseCode(values, indices, F, counts)
+
+
+def _decode(code: SparseCode, w_dec: Tensor, backend: Backend, weighted: bool) -> tuple[Tensor, Tensor]:
+    order = getattr(code.values.grad_fn, "order", None)  # of _PreActivationsAt, if the values come straight from it
+    if not isinstance(order, _Order) or order.indices is not code.indices or order.counts is not code.counts:
+        order = _Order(code.indices, code.counts, code.d_sae)
+    return _Decode.apply(code.values, w_dec, order, _use_triton(backend, w_dec), weighted)
 
 
 def _sum_at(where: Tensor, what: Tensor, size: int, like: Tensor) -> Tensor:
@@ -121,34 +142,34 @@ class _PreActivationsAt(torch.autograd.Function):
     @staticmethod
     @_not_autocast
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, centre: Tensor | None,
-        values: Tensor, indices: Tensor, counts: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(x, weight, bias, centre, indices, counts)
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, centre: Tensor | None, values: Tensor, order: _Order
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, bias, centre)
+        ctx.order = order
         return values.view_as(values)
 
     @staticmethod
     @once_differentiable
     @_not_autocast
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, centre, indices, counts = ctx.saved_tensors
+        x, weight, bias, centre = ctx.saved_tensors
         want_x, want_weight, want_bias, want_centre = ctx.needs_input_grad[:4]
-        flat = cpu.flatten(indices, counts)
-        d_pre = grads[0].reshape(-1)[flat.slot]  # [M]
         d_x = d_weight = d_bias = d_centre = None
-        if want_weight:
-            order = cpu.by_feature(flat, weight.shape[0])
-            rows = x if centre is None else x - centre
-            d_weight = cpu.weighted_rows(rows, order.token, d_pre[order.order], order.offsets)
-        if want_bias or want_centre:
-            d_bias = _sum_at(flat.feature, d_pre, weight.shape[0], bias)
+        if want_weight or want_bias or want_centre:
+            order = ctx.order.get()
+            d_pre = order.of(grads[0])  # [M]
+            if want_weight:
+                rows = x if centre is None else x - centre
+                d_weight = cpu.weighted_rows(rows, order.token, d_pre, order.offsets)
+            d_bias = _sum_at(order.feature, d_pre, weight.shape[0], bias)
+            if want_centre:
+                # Σ_n d_x[n] = Σ_f (Σ_n d_pre[n, f]) · weight[f]: one product with a vector, not a gather for each row.
+                d_centre = -(d_bias @ weight)
+            ctx.order.made = None  # this was the last to need it
         if want_x:
-            d_x = cpu.weighted_rows(weight, flat.feature, d_pre, flat.offsets)
-        if want_centre:
-            assert d_bias is not None
-            # Σ_n d_x[n] = Σ_f (Σ_n d_pre[n, f]) · weight[f]: a product with a vector instead of a gather for each row.
-            d_centre = -(d_bias @ weight)
-        return d_x, d_weight, d_bias if want_bias else None, d_centre, None, None, None
+            flat = cpu.by_token(ctx.order.indices, ctx.order.counts)
+            d_x = cpu.weighted_rows(weight, flat.feature, flat.of(grads[0]), flat.offsets)
+        return d_x, d_weight, d_bias if want_bias else None, d_centre, None, None
 
 
 class _Decode(torch.autograd.Function):
@@ -157,17 +178,18 @@ class _Decode(torch.autograd.Function):
     @staticmethod
     @_not_autocast
     def forward(
-        ctx: Any, values: Tensor, w_dec: Tensor, indices: Tensor, counts: Tensor | None, triton: bool, weighted: bool
+        ctx: Any, values: Tensor, w_dec: Tensor, order: _Order, triton: bool, weighted: bool
     ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(values, w_dec, indices, counts)
-        ctx.weighted = weighted
+        ctx.save_for_backward(values, w_dec)
+        ctx.order, ctx.weighted = order, weighted
+        indices, counts = order.indices, order.counts
         if triton:
             from fastsae.kernels.decode import decode as kernel
 
             out = kernel(indices, values, w_dec, counts)
         else:
-            flat = cpu.flatten(indices, counts)
-            out = cpu.weighted_rows(w_dec, flat.feature, values.reshape(-1)[flat.slot], flat.offsets)
+            flat = cpu.by_token(indices, counts)
+            out = cpu.weighted_rows(w_dec, flat.feature, flat.of(values), flat.offsets)
         if not weighted:
             l1 = values.new_empty(0)
             ctx.mark_non_differentiable(l1)
@@ -179,26 +201,23 @@ class _Decode(torch.autograd.Function):
     @once_differentiable
     @_not_autocast
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        values, w_dec, indices, counts = ctx.saved_tensors
+        values, w_dec = ctx.saved_tensors
         d_out, d_l1 = grads[0].contiguous(), grads[1]
-        F = w_dec.shape[0]
-        flat = cpu.flatten(indices, counts)
-        order = cpu.by_feature(flat, F)
-        slot = flat.slot[order.order]
-        sorted_values = values.reshape(-1)[slot]
+        order = ctx.order.get()
         d_values = d_w = None
         norms = w_dec.norm(dim=1) if ctx.weighted else None
         if ctx.needs_input_grad[0]:
             d = cpu.paired_dots(w_dec, order.feature, d_out, order.token)
             if norms is not None:
                 d = d + d_l1[order.token] * norms[order.feature]
-            d_values = values.new_zeros(values.numel()).index_put_((slot,), d.to(values.dtype)).view_as(values)
+            d_values = values.new_zeros(values.numel()).index_put_((order.slot,), d.to(values.dtype)).view_as(values)
         if ctx.needs_input_grad[1]:
+            sorted_values = order.of(values)
             d_w = cpu.weighted_rows(d_out, order.token, sorted_values, order.offsets)
             if norms is not None:
-                pull = _sum_at(order.feature, d_l1[order.token] * sorted_values, F, w_dec)
+                pull = _sum_at(order.feature, d_l1[order.token] * sorted_values, w_dec.shape[0], w_dec)
                 _add_norm_gradient(d_w, w_dec, pull, norms)
-        return d_values, d_w, None, None, None, None
+        return d_values, d_w, None, None, None
 
 
 def _used(indices: Tensor, counts: Tensor) -> Tensor:

@@ -120,7 +120,7 @@ class SAEConfig:
 
 @dataclass(frozen=True, eq=False)
 class LossOutput:
-    """What `SAE.loss` returns. Scalars are fp32; units: `fastsae.activations`.
+    """What `SAE.loss` returns. Scalars are fp32, or float64 of a float64 SAE; units: `fastsae.activations`.
 
     loss = mse + sparsity + aux, to call backward on; the three parts carry gradients too. x_hat: x's shape, in the
     units of x; rows left out by a mask are 0. code: the SparseCode of the rows that were not left out, or None where a
@@ -339,18 +339,19 @@ class SAE(nn.Module):
             rows, wanted = rows[keep], wanted[keep]
         shape = tuple(x.shape[:-1]) if keep is None else (rows.shape[0],)
         parts = self._rule.parts(self, rows, wanted)
-        if self.training:
-            self._count_fired(parts.fired, rows.shape[0])
-        mse, fve = _error(parts.x_hat, wanted)
+        mse = activations.squared_error(parts.x_hat, wanted)
         loss = mse + parts.sparsity + parts.aux
         if not torch.isfinite(loss):
             self._explain_not_finite(rows, wanted)
+        if self.training:
+            self._count_fired(parts.fired, rows.shape[0])
         x_hat = self._restore(parts.x_hat)
         if keep is not None:
             x_hat = x_hat.new_zeros(x.numel() // self.cfg.d_in, self.cfg.d_in).index_put((keep,), x_hat)
         code = None if parts.code is None else dataclasses.replace(parts.code, batch_shape=shape)
-        l0 = activations.mean_rows(parts.l0)
-        return LossOutput(loss, mse, parts.sparsity, parts.aux, x_hat.reshape(x.shape).to(x.dtype), code, l0, fve)
+        l0 = activations.wide(parts.active / max(rows.shape[0], 1))
+        x_hat = x_hat.reshape(x.shape).to(x.dtype)
+        return LossOutput(loss, mse, parts.sparsity, parts.aux, x_hat, code, l0, _explained(mse, wanted))
 
     def _target(self, x: Tensor, target: Tensor) -> Tensor:
         if target.shape != x.shape:
@@ -399,12 +400,10 @@ class SAE(nn.Module):
         return f"d_in={cfg.d_in}, d_sae={cfg.d_sae}, activation={cfg.activation!r}, {size}"
 
 
-def _error(x_hat: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """mse: mean over rows of the squared error summed over D. fve: 1 − error / variance about the rows' mean."""
-    error = (x_hat.float() - wanted.float()).square().sum(-1)
-    mse = activations.mean_rows(error)
-    with torch.no_grad():
-        centred = wanted.float() - wanted.float().mean(0)
-        total = centred.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
-        fve = 1 - error.sum() / total
-    return mse, fve
+@torch.no_grad()
+def _explained(mse: Tensor, wanted: Tensor) -> Tensor:
+    """fve: 1 − squared error / squared distance from the rows' mean; −∞ where rows that are all alike are missed."""
+    rows = activations.wide(wanted)
+    if rows.shape[0] == 0:
+        return torch.ones_like(mse)
+    return 1 - mse.detach() / rows.var(0, correction=0).sum().clamp_min(torch.finfo(rows.dtype).tiny)

@@ -66,25 +66,24 @@ def test_loss_and_all_gradients_are_those_of_the_formula(variant, transcoder) ->
     out = sae.loss(x, target)
     rows = x.reshape(-1, D)
     mse, sparsity, x_hat = dense_loss(sae, rows, None if target is None else target.reshape(-1, D))
-    torch.testing.assert_close(out.mse, mse.float())
-    torch.testing.assert_close(out.sparsity, sparsity.float())
-    torch.testing.assert_close(out.loss, (mse + sparsity).float())
+    torch.testing.assert_close(out.mse, mse, rtol=1e-12, atol=0)
+    torch.testing.assert_close(out.sparsity, sparsity, rtol=1e-12, atol=0)
+    torch.testing.assert_close(out.loss, mse + sparsity, rtol=1e-12, atol=0)
     torch.testing.assert_close(out.x_hat, x_hat.reshape(3, 10, D), rtol=1e-12, atol=1e-12)
     assert (out.code is None) == (variant.get("max_l0") == 3)
     want = torch.autograd.grad(mse + sparsity, [x, *sae.parameters()])
     got = torch.autograd.grad(out.loss, [x, *sae.parameters()])
     for name, g, w in zip(["x", *dict(sae.named_parameters())], got, want, strict=True):
-        # The loss is summed in fp32 from float64 rows; what flows back through that sum is good to its 24 bits.
-        torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-6 * float(w.abs().max()), msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(g, w, rtol=0, atol=1e-12 * float(w.abs().max()), msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_l0_and_fve() -> None:
     sae, x = make("relu"), data(50, D)
     out = sae.loss(x)
     f = sae.encode(x)
-    torch.testing.assert_close(out.l0, (f > 0).sum(-1).float().mean())
+    torch.testing.assert_close(out.l0, (f > 0).sum(-1).double().mean(), check_dtype=False)
     residual = (x - sae.decode(f)).square().sum() / (x - x.mean(0)).square().sum()
-    torch.testing.assert_close(out.fve, (1 - residual).float(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out.fve, 1 - residual, rtol=1e-12, atol=0)
     assert not out.l0.requires_grad and not out.fve.requires_grad
 
 
@@ -145,13 +144,13 @@ def test_auxk_is_the_residual_rebuilt_by_the_best_dead_latents(n_dead, k_aux) ->
     residual = (x - sae(x)).detach()
     e_hat = reference.decode(torch.where(chosen, pre, torch.zeros_like(pre)), sae.W_dec)
     want = (e_hat - residual).square().sum(-1).mean() / 32
-    torch.testing.assert_close(out.aux, want.float())
+    torch.testing.assert_close(out.aux, want, rtol=1e-12, atol=0)
     torch.testing.assert_close(out.loss, out.mse + out.aux)
     got = torch.autograd.grad(out.aux, [sae.encoder.weight, sae.encoder.bias, sae.W_dec, sae.b_dec])
     exact = torch.autograd.grad(want, [sae.encoder.weight, sae.encoder.bias, sae.W_dec, sae.b_dec])
     for g, w in zip(got, exact, strict=True):
         assert w.any(), "AuxK has to reach the encoder, the decoder and both biases"
-        torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-6 * float(w.abs().max()))
+        torch.testing.assert_close(g, w, rtol=0, atol=1e-12 * float(w.abs().max()))
 
 
 def test_auxk_revives_dead_latents() -> None:
