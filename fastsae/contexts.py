@@ -46,6 +46,7 @@ def context_batches(
     packing: Packing = "concat",
     bos: bool = True,
     seed: int | None = None,
+    wanted: int | None = None,
 ) -> Iterator[ContextBatch]:
     """Batches of at most `batch_size` contexts, right-padded where needed; a function of the arguments alone.
 
@@ -53,6 +54,7 @@ def context_batches(
     and cuts the stream into full contexts (a rest shorter than one is padded); "cut" starts every document in a
     context of its own. bos: begin every context with the tokenizer's begin-of-text token if it has one. seed: shuffle
     documents (when they are a sequence) and contexts (over 16M tokens at a time); None keeps the order.
+    wanted: contexts that will be taken, if known: shuffling then looks ahead no further than four times as many.
 
     Raises FastSAEError when there is no text at all.
     """
@@ -68,7 +70,8 @@ def context_batches(
     else:
         contexts = _cut(tokenized, body)
     if seed is not None:
-        contexts = _shuffle(contexts, max(batch_size, _SHUFFLE_TOKENS // context), seed)
+        ahead = _SHUFFLE_TOKENS // context
+        contexts = _shuffle(contexts, max(batch_size, ahead if wanted is None else min(ahead, 4 * wanted)), seed)
     some = False
     while group := list(itertools.islice(contexts, batch_size)):
         some = True

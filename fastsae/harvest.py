@@ -6,7 +6,8 @@ Axes: B contexts, T tokens in a context, N rows kept, D width of the module's ou
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -102,14 +103,21 @@ def harvest(
         with StoreWriter(out, *settings, resume=resume) as writer:
             if config.tokens is not None:
                 check_space(out, config.tokens - writer.rows_written, width, config.dtype)
-            batches = context_batches(
-                tokenizer, documents, config.context, config.batch_size, config.packing, config.bos, config.seed
-            )
+            batches = _batches(tokenizer, documents, config)
             with progress("harvest", config.tokens, "tokens", writer.rows_written, show_progress) as meter:
                 _run(model, hook, config, batches, writer, meter)
     finally:
         model.train(was_training)
     return ActivationStore(out)
+
+
+def _batches(tokenizer: Any, documents: Iterable[Any], config: HarvestConfig) -> Iterator[ContextBatch]:
+    wanted = None
+    if config.tokens is not None:
+        wanted = math.ceil(config.tokens / min(config.tokens_per_context or config.context, config.context))
+    return context_batches(
+        tokenizer, documents, config.context, config.batch_size, config.packing, config.bos, config.seed, wanted
+    )
 
 
 def load_model(model: Any, tokenizer: Any) -> tuple[nn.Module, Any, str]:

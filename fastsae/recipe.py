@@ -75,7 +75,7 @@ class TrainConfig(SAEConfig):
     """Inputs whose loss is computed to draw the new directions from, at most the store's."""
     log_every: int = 50
     """Steps between lines of the log."""
-    checkpoint_every: int = 2000
+    checkpoint_every: int = 500
     """Steps between checkpoints."""
     device: str = "auto"
     """cpu, cuda, cuda:1, …; auto takes the GPU if there is one."""

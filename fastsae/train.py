@@ -49,7 +49,8 @@ def train(
     config, or a preset's name, or nothing for the defaults; options: fields of TrainConfig, on top of either.
     out: folder for `log.jsonl` (one object every `log_every` steps), `checkpoint/`, and at the end `sae/`
     (`SAE.from_pretrained`) and `train.json` (the last line of the log). None writes nothing.
-    resume: go on from the folder's checkpoint, on the CPU bit for bit as if never stopped, or take the finished SAE.
+    resume: go on from the folder's checkpoint, on the CPU (with as many threads) bit for bit as if never stopped, or
+    take the finished SAE.
     on_log: called with each log line. Ctrl-C finishes the step, writes a checkpoint and raises KeyboardInterrupt.
 
     A log line: step, tokens, loss, mse, sparsity, aux (units: fastsae.activations), l0, fve (of that batch), dead (the

@@ -95,6 +95,18 @@ def test_tokens_bounds_the_store_and_meta_says_what_it_is(tmp_path):
     assert store.meta["hook"] == HOOK and store.meta["context"] == 32 and store.meta["packing"] == "concat"
 
 
+def test_a_stream_is_read_no_further_than_needed(tmp_path):
+    read = []
+
+    def stream():
+        for text in tiny_lm.documents(400):
+            read.append(text)
+            yield text
+
+    assert run(tmp_path / "s", stream(), tokens=500, tokens_per_context=20).count == 500  # 25 contexts of 32 tokens
+    assert len(read) <= 128
+
+
 def test_a_stream_of_documents_and_objects_with_text(tmp_path):
     class Document:
         def __init__(self, text):
