@@ -78,7 +78,7 @@ class Entries(NamedTuple):
 def _grouped(chunk: Chunk, least_groups: int = 1) -> Tensor:
     """chunk.pre as [R, G, C / G]: G ≤ GROUP columns that lie C / G apart are a group; at least least_groups of them.
 
-    Apart, not side by side: the largest of each group is then a maximum of whole rows, which the processor's vectors do.
+    Apart, not side by side: the largest of each group is then a maximum of whole rows, which vector units do.
     """
     C = chunk.pre.shape[1]
     size = GROUP
@@ -200,7 +200,7 @@ def _best(values: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def encode_relu(
     x: Tensor, weight: Tensor, bias: Tensor, max_l0: int, centre: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The positive entries of (x − centre) · weightᵀ + bias: values, indices [N, K] and counts [N]; K is the most of a row.
+    """Positive entries of (x − centre) · weightᵀ + bias: values, indices [N, K], counts [N]; K is the most of a row.
 
     None as soon as a row is known to have more than max_l0 of them.
     """
@@ -230,7 +230,7 @@ def encode_relu(
 
 
 class ByToken(NamedTuple):
-    """The used slots of a code, row by row: feature [M] and offsets [N + 1]; slot [M] in the [N·K] code, None if all are.
+    """The used slots of a code, row by row: feature [M] and offsets [N + 1]; slot [M] in the [N·K] code, or None.
     """
 
     feature: Tensor

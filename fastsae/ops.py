@@ -102,7 +102,7 @@ def _not_autocast(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Order:
-    """A code sorted by feature. Two backward passes need it, the decoder's and then the encoder's; the first makes it."""
+    """A code sorted by feature. Two backward passes need it; the first makes it."""
 
     def __init__(self, indices: Tensor, counts: Tensor | None, d_sae: int) -> None:
         self.indices, self.counts, self.d_sae = indices, counts, d_sae
@@ -245,7 +245,7 @@ class _ReLUDense(torch.autograd.Function):
         l1 = torch.zeros(x.shape[0], dtype=wide, device=x.device)
         l0 = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
         fired = torch.zeros(weight.shape[0], dtype=torch.bool, device=x.device)
-        for chunk in cpu.chunks(rows, weight, bias, cpu.by_columns(*rows.shape[:1], weight.shape[0])[1]):
+        for chunk in cpu.chunks(rows, weight, bias, cpu.by_columns(rows.shape[0], weight.shape[0])[1]):
             f, w = chunk.pre.relu_(), w_dec[chunk.start : chunk.stop]
             out += torch.mm(f, w)
             l1 += f @ w.norm(dim=1) if weighted else f.sum(-1)
@@ -265,7 +265,7 @@ class _ReLUDense(torch.autograd.Function):
         want_x = ctx.needs_input_grad[0]
         d_x = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) if want_x else None
         d_weight, d_bias, d_w = torch.empty_like(weight), torch.empty_like(bias), torch.empty_like(w_dec)
-        for chunk in cpu.chunks(rows, weight, bias, cpu.by_columns(*rows.shape[:1], weight.shape[0])[1]):
+        for chunk in cpu.chunks(rows, weight, bias, cpu.by_columns(rows.shape[0], weight.shape[0])[1]):
             part = slice(chunk.start, chunk.stop)
             f, w = chunk.pre.relu_(), w_dec[part]
             torch.mm(f.T, d_out, out=d_w[part])
