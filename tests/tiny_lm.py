@@ -40,6 +40,8 @@ def model(n_layer: int = 2, seed: int = 0) -> Any:
             n_head=2,
             n_inner=24,
             activation_function="relu",
+            bos_token_id=0,
+            eos_token_id=0,
             initializer_range=0.5,  # activations of a size that matters to the loss
         )
         return GPT2LMHeadModel(config).eval()
