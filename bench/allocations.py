@@ -45,11 +45,3 @@ class Watch(TorchDispatchMode):
         self.alive = {key: entry for key, entry in self.alive.items() if not entry[0].expired()}
         self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
-
-
-def peak_of(call: Any, *kept: Tensor, ignore: tuple[tuple[int, ...], ...] = ()) -> Watch:
-    """Runs call() under a Watch."""
-    with Watch(*kept, ignore=ignore) as watch:
-        call()
-    torch.empty(0)  # nothing of the call outlives it here
-    return watch

@@ -161,4 +161,5 @@ def line(row: dict[str, Any]) -> str:
     if "extra" in row:
         text += f"  L0 {row['l0']:.1f}  {row['extra']:.2f} of [N, F] allocated beyond gradients"
     goal = GOALS.get(row["variant"])
-    return text if goal is None else f"{text}  (goal at the default sizes: {goal})"
+    at_goal = (row["N"], row["D"], row["F"], row["K"], row["dtype"]) == (N, D, F, K, "float32")
+    return f"{text}  (goal: {goal})" if goal is not None and at_goal else text

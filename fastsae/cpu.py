@@ -99,9 +99,7 @@ def _above(grouped: Tensor, largest: Tensor, threshold: Tensor | None, start: in
 # --- TopK -----------------------------------------------------------------------------------------------------------
 
 
-def encode_topk(
-    x: Tensor, weight: Tensor, bias: Tensor, k: int, centre: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def encode_topk(x: Tensor, weight: Tensor, bias: Tensor, k: int, centre: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The k largest positive entries of each row of (x − centre) · weightᵀ + bias: values and indices [N, k].
 
     Values in descending order, of equal ones the lower feature is chosen; rows with fewer than k positive entries end
@@ -230,8 +228,7 @@ def encode_relu(
 
 
 class ByToken(NamedTuple):
-    """The used slots of a code, row by row: feature [M] and offsets [N + 1]; slot [M] in the [N·K] code, or None.
-    """
+    """The used slots of a code, row by row: feature [M] and offsets [N + 1]; slot [M] in the [N·K] code, or None."""
 
     feature: Tensor
     offsets: Tensor

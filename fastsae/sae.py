@@ -70,12 +70,15 @@ class SAEConfig:
     init_encoder: Literal["tied", "random"] = "tied"
     """tied: encoder rows start as the decoder rows. random: other directions of the same norm."""
     dtype: DType = "float32"
+    """Of parameters and computation; a torch.dtype is taken too."""
     backend: Backend = "auto"
     """auto: kernels where the tensors are on a CUDA device and Triton is there, torch otherwise."""
     seed: int = 0
     """Of the initial weights. The global random state is neither read nor changed."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.dtype, torch.dtype):
+            object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
         _number("d_in", self.d_in, 1, whole=True)
         _number("d_sae", self.d_sae, 1, whole=True)
         _one_of("activation", self.activation, Activation)
@@ -166,7 +169,8 @@ class SAE(nn.Module):
             raise ConfigError(f"SAE takes an SAEConfig, got {type(config).__name__}; or fields by keyword, d_in=…")
         elif fields:
             raise ConfigError(f"SAE takes an SAEConfig or fields, got both (fields: {', '.join(sorted(fields))})")
-        self.cfg = config
+        # A subclass, such as a trainer's configuration, brings fields that are none of the SAE's, or of its file's.
+        self.cfg = SAEConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(SAEConfig)})
         D, F = config.d_in, config.d_sae
         device = torch.get_default_device() if device is None else device
         factory: dict[str, Any] = {"device": device, "dtype": getattr(torch, config.dtype)}

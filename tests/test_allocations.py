@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fastsae
+from bench import step
 from bench.allocations import Watch
 from bench.naive import NaiveSAE
 from bench.step import sae_for
@@ -40,6 +41,14 @@ def test_a_quarter_of_one_dense_code_is_enough_beyond_the_gradients(variant) -> 
     watch = watched(sae_for(variant, x, F, K), x)
     assert watch.largest < N * F / 4, watch.largest_is
     assert N * F * 4 / 10 < watch.peak <= N * F * 4 / 4
+
+
+def test_the_bench_of_steps_times_every_variant_and_says_what_it_allocates() -> None:
+    rows = step.run(64, 16, 512, 4, rounds=3)["rows"]
+    assert [row["variant"] for row in rows][:3] == ["encoder product", "fastsae topk", "fastsae relu + L1"]
+    assert rows[0]["gemms"] == 1 and all(row["median_ms"] > 0 and row["repeats"] == 3 for row in rows)
+    assert rows[1]["l0"] == 4 and 2 < rows[2]["l0"] < 8 and rows[1]["extra"] > 0
+    assert all(row["variant"] in step.line(row) for row in rows)
 
 
 def test_the_watch_sees_what_a_dense_step_allocates() -> None:

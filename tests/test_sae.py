@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+import sys
+from dataclasses import asdict, dataclass, replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 import fastsae
 from fastsae import reference
-from fastsae.errors import CheckpointError, ConfigError, DataError, FastSAEError, TooDenseError
+from fastsae.errors import CheckpointError, ConfigError, DataError, FastSAEError, MissingDependencyError, TooDenseError
 from fastsae.sae import SAE, SAEConfig
 
 D, F, K = 12, 200, 6
@@ -297,6 +298,60 @@ def test_what_cannot_be_loaded_says_why(tmp_path) -> None:
         SAE.from_pretrained(good / "cfg.json")
 
 
+def test_a_hub_id_is_looked_up_where_there_is_no_such_folder(tmp_path, monkeypatch) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    sae = SAE(d_in=D, d_sae=F)
+    sae.save_pretrained(tmp_path)
+    asked = []
+
+    def download(name, revision, allow_patterns) -> str:
+        asked.append((name, revision, sorted(allow_patterns)))
+        if name == "some/absent":
+            raise OSError("404\nmore about it")
+        return str(tmp_path)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    assert torch.equal(SAE.from_pretrained("some/sae", revision="v1").W_dec, sae.W_dec)
+    assert asked == [("some/sae", "v1", ["cfg.json", "sae.safetensors"])]
+    with pytest.raises(CheckpointError, match="the hub did not give it: 404$"):
+        SAE.from_pretrained("some/absent")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(MissingDependencyError, match="install huggingface_hub"):
+        SAE.from_pretrained("some/sae")
+
+
+def test_a_configuration_with_further_fields_leaves_them_out(tmp_path) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Wider(SAEConfig):
+        steps: int = 3
+
+    sae = SAE(Wider(d_in=D, d_sae=F))
+    assert type(sae.cfg) is SAEConfig
+    sae.save_pretrained(tmp_path)
+    assert SAE.from_pretrained(tmp_path).cfg == sae.cfg
+
+
+def test_the_loss_passes_gradcheck() -> None:
+    for variant in VARIANTS:
+        sae = make(**variant).eval()
+
+        def loss(x: Tensor, w_enc: Tensor, w_dec: Tensor, b_dec: Tensor, sae: SAE = sae) -> Tensor:
+            values = {"encoder.weight": w_enc, "W_dec": w_dec, "b_dec": b_dec}
+            return torch.func.functional_call(Loss(sae), {f"sae.{n}": v for n, v in values.items()}, (x,))
+
+        inputs = (data(3, D), *(p.detach().clone() for p in (sae.encoder.weight, sae.W_dec, sae.b_dec)))
+        assert torch.autograd.gradcheck(loss, [t.requires_grad_() for t in inputs], fast_mode=True)
+
+
+class Loss(torch.nn.Module):
+    def __init__(self, sae: SAE) -> None:
+        super().__init__()
+        self.sae = sae
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.sae.loss(x).loss
+
+
 def test_a_save_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch) -> None:
     sae = SAE(d_in=D, d_sae=F)
     sae.save_pretrained(tmp_path)
@@ -346,6 +401,7 @@ def test_options_that_cannot_be_meant(options, message) -> None:
 def test_ways_to_construct() -> None:
     config = SAEConfig(d_in=D, d_sae=F)
     assert SAE(config).cfg == SAE(**asdict(config)).cfg
+    assert SAE(d_in=D, d_sae=F, dtype=torch.bfloat16).dtype == torch.bfloat16
     with pytest.raises(ConfigError, match="got both"):
         SAE(config, k=3)
     with pytest.raises(ConfigError, match="needs d_sae"):
