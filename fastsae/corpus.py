@@ -16,7 +16,7 @@ from typing import Literal
 from fastsae.errors import FastSAEError
 
 Split = Literal["train", "heldout", "all"]
-HELDOUT_ONE_IN = 8  # one document in eight is held out, picked by its hash
+HELDOUT_ONE_IN = 6  # one document in six is held out, picked by its hash
 
 
 @dataclass(frozen=True)

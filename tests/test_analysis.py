@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastsae.analysis import AnalyzeConfig, analyze
-from fastsae.analysis.collect import in_scoring_half
+from fastsae.analysis.collect import scoring_half
 from fastsae.errors import FastSAEError
 from fastsae.sae import SAE
 from tests.analysis_case import HOOK, case, contexts, documents, neurons
@@ -43,7 +43,8 @@ def run(tmp_path_factory) -> dict:
     x = neurons(model, contexts(tokenizer, documents(60), CONFIG.context))
     f = sae.encode(x).detach()
     label = np.array([c > "\u0590" for text in documents(60) for c in text for _ in c.encode()])
-    scored = np.array([in_scoring_half(text) for text in documents(60) for _ in text.encode()])
+    halves = zip(documents(60), scoring_half(documents(60)), strict=True)
+    scored = np.array([half for text, half in halves for _ in text.encode()])
     return {"results": results, "out": out, "x": x.numpy(), "f": f.numpy(), "label": label, "scored": scored}
 
 

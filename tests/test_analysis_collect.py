@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastsae.analysis.collect import Sparse, collect, feature_pearson, in_scoring_half
+from fastsae.analysis.collect import Sparse, collect, feature_pearson, scoring_half
 from fastsae.errors import FastSAEError
 from tests import tiny_lm
 from tests.analysis_case import ARABIC, HOOK, case, contexts, documents, neurons
@@ -83,13 +83,14 @@ def test_neurons_of_both_models(run):
     torch.testing.assert_close(run.data.neuron_max, run.x.amax(0), rtol=1e-4, atol=1e-5)
 
 
-def test_a_document_is_in_one_half_by_its_text_alone(run):
-    data = run.data
-    for number, text in enumerate(documents()):
-        assert set(data.half[data.documents == number].tolist()) == {in_scoring_half(text)}
-        assert in_scoring_half(SimpleNamespace(text=text)) == in_scoring_half(text)
-    many = [in_scoring_half(str(n)) for n in range(1000)]
-    assert 430 < sum(many) < 570  # 4.4 standard deviations
+def test_a_document_is_in_one_half_and_every_kind_in_both(run):
+    for number, half in enumerate(scoring_half(documents())):
+        assert set(run.data.half[run.data.documents == number].tolist()) == {half}
+    many = [SimpleNamespace(text=str(n), kind="ab"[n % 3 == 0]) for n in range(100)]
+    halves = scoring_half(many)
+    assert [scoring_half(many[::-1])[99 - n] for n in range(100)] == halves, "the order does not matter"
+    assert sum(halves) == 50 and abs(sum(halves[::3]) - 17) <= 1
+    assert scoring_half([*many, many[7]])[100] == scoring_half([*many, many[7]])[7], "equal texts stay together"
 
 
 def test_sums_and_restriction_of_sparse_codes():

@@ -122,10 +122,18 @@ class _Moments:
         return pearson(self.xy, self.x, self.xx, self.y, self.yy, max(self.n, 1))
 
 
-def in_scoring_half(document: Any) -> bool:
-    """Which half a document belongs to, by a hash of its text."""
-    text = document if isinstance(document, str) else document.text
-    return hashlib.sha256(("half\0" + text).encode("utf-8", "surrogatepass")).digest()[0] % 2 == 1
+def scoring_half(documents: Sequence[Any]) -> list[bool]:
+    """For each document whether features are scored on it (else chosen): every second one, ordered by kind and hash.
+
+    Both halves so hold as much of every kind (an attribute `kind`, where documents have one) to a document, equal texts
+    fall into the same half, and the order in which the documents come does not matter.
+    """
+    keys = [
+        (getattr(d, "kind", ""), hashlib.sha256(("half\0" + _text(d)).encode("utf-8", "surrogatepass")).hexdigest())
+        for d in documents
+    ]
+    rank = {key: number for number, key in enumerate(sorted(set(keys)))}
+    return [rank[key] % 2 == 1 for key in keys]
 
 
 @torch.no_grad()
@@ -163,7 +171,7 @@ def collect(
     numbers = np.repeat(np.arange(len(texts)), [len(ids) for ids in texts])
     chosen = proxies(categories)
     scores = score_all(chosen, Spelling.of(np.concatenate(texts), numbers, bytes_of)).T
-    scoring = torch.tensor([in_scoring_half(d) for d in documents])
+    scoring = torch.tensor(scoring_half(documents))
     wanted = torch.from_numpy(np.ascontiguousarray(scores))
 
     run = _Pass(sae, model, hook, other)
