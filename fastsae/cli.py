@@ -4,12 +4,14 @@ import errno
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 from fastsae.analysis import AnalyzeConfig
 from fastsae.errors import FastSAEError
 from fastsae.evaluate import EvalConfig
+from fastsae.files import claim_folder
 from fastsae.harvest import HarvestConfig
 from fastsae.lm import MLP_HOOK, LMConfig
 from fastsae.recipe import Preset, TrainConfig
@@ -170,7 +172,7 @@ def analyze(
     Args:
         sae: Folder of the dictionary (the run's folder or its sae/ folder).
         model: Folder or hub name of the causal LM it was trained on.
-        out: New folder; report.html, results.json and the figures.
+        out: New folder, or one that this same command made: report.html, results.json and the figures.
         hook: Module path it was trained on.
         text: builtin, a text file, a .jsonl file, a folder of those, or hf:NAME; its held-out documents are used.
         text_field: Field of a JSONL line or dataset row that holds the text.
@@ -182,6 +184,8 @@ def analyze(
 
     if (other_sae is None) != (other_model is None):
         raise FastSAEError("other_sae and other_model go together, got one of them")
+    given = {"sae": sae, "model": model, "hook": hook, "text": text, "other_sae": other_sae, "other_model": other_model}
+    claim_folder(out, "analysis", {**given, "analyze": asdict(config)}, resume=True)
     network, tokenizer = _load_model(model)
     other = None
     if other_sae is not None and other_model is not None:

@@ -51,11 +51,13 @@ def write_torch(path: Path, value: Any) -> None:
 def claim_folder(folder: Path, kind: str, config: dict, resume: bool) -> None:
     """Marks `folder` as this run's. An empty or new folder is free; one with the same configuration may be resumed.
 
+    A folder with nothing but the mark, left by a run that failed before it wrote anything, is free too.
+
     Raises FastSAEError if it holds something else, another run, or the same run without resume=True.
     """
     marker = folder / RUN_FILE
     wanted = json.loads(json.dumps({"kind": kind, **config}, default=str))
-    if marker.exists():
+    if marker.exists() and any(path != marker for path in folder.iterdir()):
         there = json.loads(marker.read_text(encoding="utf-8"))
         if there != wanted:
             raise FastSAEError(
@@ -66,7 +68,7 @@ def claim_folder(folder: Path, kind: str, config: dict, resume: bool) -> None:
                 f"{folder} holds this run already; resume it (--resume), choose another folder or remove it"
             )
         return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(path != marker for path in folder.iterdir())):
         raise FastSAEError(f"{folder} is not an empty folder and not a run of fastsae; choose another one")
     write_json(marker, wanted)
 
