@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastsae import analysis, synthetic
     from fastsae.codes import SparseCode
+    from fastsae.config import SAEConfig
     from fastsae.errors import FastSAEError
     from fastsae.evaluate import evaluate
     from fastsae.harvest import harvest
-    from fastsae.sae import SAE, LossOutput, SAEConfig
+    from fastsae.sae import SAE, LossOutput
     from fastsae.store import ActivationStore
     from fastsae.train import TrainConfig, train
 
@@ -43,7 +44,7 @@ __all__ = [
 
 _HOME = {
     "SAE": "fastsae.sae",
-    "SAEConfig": "fastsae.sae",
+    "SAEConfig": "fastsae.config",
     "LossOutput": "fastsae.sae",
     "SparseCode": "fastsae.codes",
     "FastSAEError": "fastsae.errors",

@@ -63,7 +63,7 @@ def load(
     cls: type[SAE], source: str | os.PathLike[str], device: torch.device | str | None, revision: str | None
 ) -> SAE:
     """The dictionary of a folder, or of a Hugging Face hub id where there is no such folder."""
-    from fastsae.sae import SAEConfig
+    from fastsae.config import SAEConfig
 
     folder = _folder(source, revision)
     written = _read_config(folder)

@@ -13,9 +13,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from fastsae.config import SAEConfig
 from fastsae.errors import ConfigError, FastSAEError
 from fastsae.optim import default_lr, geometric_median
-from fastsae.sae import SAE, SAEConfig
+from fastsae.sae import SAE
 from fastsae.store import ActivationStore, MemoryStore, steps_per_epoch
 
 Preset = Literal["monosemanticity", "april2024", "relu", "topk"]
