@@ -88,7 +88,7 @@ def test_too_little_text_is_said(tmp_path):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("vocab_size", 100), ("d_model", 130), ("context", 4), ("tokens", 0), ("batch_tokens", 1)],
+    [("vocab_size", 100), ("d_model", 130), ("context", 4), ("tokens", 0), ("batch_tokens", 1), ("init_std", -1)],
 )
 def test_config_refuses_what_cannot_be_meant(field, value):
     with pytest.raises(FastSAEError, match=str(value)):
