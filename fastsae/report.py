@@ -47,7 +47,8 @@ GLOSSARY = {
     "specificity": "of the tokens on which the feature is active, the share inside the category; upper: of those with more "
     "than half of its largest activation. Lift is specificity over base rate.",
     "ablation": "rise of the loss, in nats per token, when the feature is set to 0. Inside: on tokens of the category that "
-    "are to be predicted; elsewhere: on all others; top 20: after the 20 strongest activations.",
+    "are to be predicted; beside: on the other tokens of the same contexts, which gain when the category is expected "
+    "less; elsewhere: in contexts that hold no such token; top 20: after the 20 strongest activations.",
     "pinned": "the feature is held at its largest observed value while the model writes from neutral beginnings; the "
     "figure is the share of probability that goes to tokens of the category.",
     "match": "correlation with the most similar feature of the dictionary of the other language model, trained from "
@@ -163,8 +164,8 @@ def _image(name: str, alt: str, caption: str) -> str:
     return f"<figure><img src='{name}' alt='{escape(alt)}'><figcaption>{escape(caption)}</figcaption></figure>"
 
 
-def _number(value: float, form: str) -> str:
-    return format(value, form).replace("-", "−")
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form).replace("-", "−")
 
 
 def _table(results: dict) -> str:
@@ -277,8 +278,9 @@ def _ablation_part(row: dict) -> str:
     a = row["ablation"]
     return (
         f"<p>Set to zero, it changes the loss by {_number(a['inside'], '+.3f')} nats per token on {a['tokens_inside']:,} "
-        f"tokens inside the category, by {_number(a['outside'], '+.4f')} elsewhere, and by {_number(a['top'], '+.2f')} after "
-        "the 20 strongest activations.</p>"
+        f"tokens inside the category, by {_number(a['beside'], '+.3f')} on the others of the same contexts, by "
+        f"{_number(a['outside'], '+.4f')} in contexts without it, and by {_number(a['top'], '+.2f')} after the 20 strongest "
+        "activations.</p>"
     )
 
 

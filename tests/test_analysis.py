@@ -115,7 +115,8 @@ def test_effects_are_there_and_in_range(run):
     assert all(0 <= pinning[name] <= 1 for name in ("unpinned", "pinned", "neuron"))
     assert math.isclose(pinning["value"], row["max"]) and len(pinning["samples"]["pinned"]) == len(pinning["prefix"])
     assert ablation["tokens_inside"] > 50 and ablation["tokens_outside"] > 50
-    assert math.isfinite(ablation["inside"]) and math.isfinite(ablation["outside"]) and ablation["inside"] != 0
+    assert all(math.isfinite(ablation[name]) for name in ("inside", "beside", "outside")) and ablation["inside"] != 0
+    assert abs(ablation["outside"]) < abs(ablation["inside"])
     weights = [weight for _, weight in logits["top"]]
     assert weights == sorted(weights, reverse=True) and weights[-1] > logits["bottom"][0][1]
     assert sum(logits["inside"]) + sum(logits["outside"]) == 257

@@ -44,7 +44,7 @@ def category(name: str = "Arabic", feature: int = 7) -> dict:
             "inside": [round(300 * math.exp(-((x - 4) ** 2) / 8)) for x in range(10)],
             "outside": [round(400 * math.exp(-x)) for x in range(10)],
         },
-        "ablation": {"inside": 0.31, "outside": 0.0003, "top": 2.5, "tokens_inside": 812},
+        "ablation": {"inside": 0.31, "beside": -0.02, "outside": 0.0003, "top": 2.5, "tokens_inside": 812},
         "pinning": {
             "unpinned": 0.004, "pinned": 0.62, "neuron": 0.05, "value": 10.0, "neuron_value": 4.0, "prefix": "1,2,3",
             "samples": {

@@ -244,7 +244,11 @@ class _Study:
         return shown
 
     def _ablation(self, feature: int, inside: Tensor) -> dict | None:
-        """ΔNLL in nats per token when the feature is set to 0 over whole contexts; None if none has the category."""
+        """ΔNLL in nats per token when the feature is set to 0 over whole contexts; None if none has the category.
+
+        inside: on tokens of the category; beside: on the others of the contexts that hold such tokens; outside: on
+        contexts that hold none; top: after the 20 strongest activations.
+        """
         ids, rows = self._contexts
         marked = inside[rows[:, 1:].clamp(min=0)] & (rows[:, 1:] >= 0)  # [B, T − 1]: is the predicted token a member
         with_it, without = marked.any(1).nonzero().flatten(), (~marked.any(1)).nonzero().flatten()
@@ -261,13 +265,16 @@ class _Study:
             change.append((effects.token_losses(self.model, self.hook, ids[part], edit) - raw).cpu())
             strength.append(self._activation_at(feature, rows[part][:, :-1]))
         delta, member = torch.cat(change), marked[chosen]
+        near = torch.arange(len(chosen))[:, None].expand_as(member) < min(limit, len(with_it))
         top = torch.cat(strength).flatten().topk(min(20, delta.numel())).indices
         return {
             "inside": float(delta[member].mean()),
-            "outside": float(delta[~member].mean()),
+            "beside": _mean(delta[near & ~member]),
+            "outside": _mean(delta[~near]),
             "top": float(delta.flatten()[top].mean()),
             "tokens_inside": int(member.sum()),
-            "tokens_outside": int((~member).sum()),
+            "tokens_beside": int((near & ~member).sum()),
+            "tokens_outside": int((~near).sum()),
         }
 
     def _activation_at(self, feature: int, rows: Tensor) -> Tensor:
@@ -355,6 +362,10 @@ class _Study:
             "neurons": float(data.other_neuron_pearson.amax(1).median()),
             "count": len(drawn),
         }
+
+
+def _mean(values: Tensor) -> float | None:
+    return float(values.mean()) if values.numel() else None
 
 
 def _share(hits: Tensor) -> float:
