@@ -52,8 +52,7 @@ def fill(text: str, folder: Path) -> str:
         found = results.load(kind, folder)
         if not found:
             return f"{mark[1]}Not measured yet: `python -m bench {kind}` does it.\n{mark[3]}"
-        parts = [f"{_caption(result['machine'])}\n\n{TABLES[kind](result['rows'])}" for result in found]
-        return mark[1] + "\n".join(parts) + mark[3]
+        return mark[1] + "\n".join(TABLES[kind](result) for result in found) + mark[3]
 
     return MARKED.sub(tables, text)
 
@@ -68,14 +67,16 @@ def _caption(machine: Row) -> str:
     return f"{on}; {', '.join(versions)}; {commit}{machine['date'].split()[0]}:"
 
 
-def _step_table(rows: list[Row]) -> str:
+def _step_table(result: Row) -> str:
+    rows = result["rows"]
     body = [[row["variant"], _time(row), _number(row, "gemms", 2), _number(row, "extra", 2)] for row in rows]
     table = _table(["", "ms (p20 to p80)", "encoder products", "allocated beyond gradients, of one [N, F]"], body)
     sizes = {f"N {row['N']}, D {row['D']}, F {row['F']}, K {row['K']}, {row['dtype']}" for row in rows}
-    return f"{table}\n{'; '.join(sorted(sizes))}.\n"
+    return f"{_caption(result['machine'])}\n\n{table}\n{'; '.join(sorted(sizes))}.\n"
 
 
-def _gpu_table(rows: list[Row]) -> str:
+def _gpu_table(result: Row) -> str:
+    rows = result["rows"]
     kernels = [
         [row["op"], row["variant"], row["shape"], row["dtype"], _time(row),
          _number(row, "tflop_per_s"), _number(row, "gb_per_s", 0), _number(row, "gemms")]
@@ -84,10 +85,57 @@ def _gpu_table(rows: list[Row]) -> str:
     sizes = {row["shape"]: f"{row['shape']}: N {row['N']}, D {row['D']}, F {row['F']}, K {row['K']}"
              for row in rows if row["shape"] != "-"}
     table = _table(["op", "by", "size", "dtype", "ms (p20 to p80)", "TFLOP/s", "GB/s", "encoder products"], kernels)
-    return f"{table}\n{'; '.join(sizes.values())}.\n"
+    return f"{_caption(result['machine'])}\n\n{table}\n{'; '.join(sizes.values())}.\n"
 
 
-TABLES: dict[str, Callable[[list[Row]], str]] = {"step": _step_table, "gpu": _gpu_table}
+# Bricken et al. 2023, run A/1 (4,096 features): the same quantity, where the paper or its published data has it.
+PAPER_GOALS = {
+    "L0": "4.9",
+    "CE recovered against zero ablation": "79 %",
+    "Arabic feature, Pearson with the proxy": "0.74",
+    "Arabic specificity, upper half of the range": "98 % (above activation 5)",
+    "best match in the other run, Pearson": "0.91",
+}
+PAPER_PEARSON = {"Arabic": "0.74", "DNA": "0.80", "base64": "0.38", "Hebrew": "0.55"}
+
+
+def _demo_table(result: Row) -> str:
+    """The goals, met or missed, and the categories."""
+    a = result["quality"]["a"]
+    lm, scores = a["lm"], a["eval"]
+    goals = [
+        [row["name"], row["value"], row["goal"], "met" if row["met"] else "**missed**",
+         PAPER_GOALS.get(row["name"], "")]
+        for row in result["goals"]
+    ]
+    head = ["", "base rate", "Pearson, best feature", "best neuron", "paper's feature", "specificity", "upper half",
+            "lift there", "ΔNLL inside", "elsewhere", "pinned", "unpinned", "neuron pinned", "match"]
+    body = [
+        [row["name"], f"{row['base_rate']:.2%}", _number(row, "pearson", 2), _number(row, "neuron_pearson", 2),
+         PAPER_PEARSON.get(row["name"], ""), f"{row['specificity']:.0%}", f"{row['specificity_upper']:.0%}",
+         _number(row, "lift_upper", 0), *_effects(row), _number(row, "match", 2)]
+        for row in result["rows"]
+    ]
+    return (
+        f"Scale {result['scale']}, {result['minutes']:.0f} minutes. {_caption(result['machine'])}\n\n"
+        f"{_table(['on held-out text', 'measured', 'goal', '', 'paper'], goals)}\n"
+        f"The language model ({lm['parameters']:,} parameters, {lm['tokens']:,} tokens seen) has a loss of "
+        f"{lm['val_loss']:.2f} nats per token; an interpolated bigram has {lm['bigram']:.2f}, a unigram "
+        f"{lm['unigram']:.2f}. With the MLP as it is, through the dictionary, at zero and at its mean the loss is "
+        f"{scores['ce_raw']:.2f}, {scores['ce_spliced']:.2f}, {scores['ce_zero']:.2f} and {scores['ce_mean']:.2f}; "
+        f"{scores['recovered_zero']:.0%} is recovered against zero and {scores['recovered_mean']:.0%} against mean "
+        f"ablation. The dictionary explains {scores['fve']:.0%} of the variance.\n\n{_table(head, body)}"
+    )
+
+
+def _effects(row: Row) -> list[str]:
+    ablation, pinning = row.get("ablation"), row.get("pinning")
+    outside = ablation["outside"] if ablation else None
+    cells = [f"{ablation['inside']:+.2f}" if ablation else "", "" if outside is None else f"{outside:+.4f}"]
+    return cells + [f"{pinning[name]:.1%}" if pinning else "" for name in ("pinned", "unpinned", "neuron")]
+
+
+TABLES: dict[str, Callable[[Row], str]] = {"step": _step_table, "gpu": _gpu_table, "demo": _demo_table}
 
 
 def _time(row: Row) -> str:

@@ -101,3 +101,18 @@ def test_verbs_work_on_what_the_demo_made(demo, tmp_path):
         refused = run(*args)
         assert refused.returncode == 2, (args, refused.stderr)
         assert message in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_its_figures_become_the_readme_table(demo, tmp_path, capsys):
+    from bench.__main__ import main
+
+    assert main(["demo", "--run", str(demo), "--out", str(tmp_path / "demo-tiny.json")]) == 0
+    (tmp_path / "README.md").write_text("<!-- bench: demo -->\n<!-- end bench -->\n")
+    assert main(["readme", "--file", str(tmp_path / "README.md"), "--results", str(tmp_path)]) == 0
+    text = (tmp_path / "README.md").read_text()
+    results = json.loads((demo / "results.json").read_text(encoding="utf-8"))
+    for row in results["categories"]:
+        assert f"| {row['name']} | {row['base_rate']:.2%} | {row['pearson']:.2f} |" in text
+    for goal in results["goals"]:
+        assert f"| {goal['name']} | {goal['value']} | {goal['goal']} |" in text
+    assert main(["demo", "--run", str(tmp_path)]) == 2 and "make demo" in capsys.readouterr().out
