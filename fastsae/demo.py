@@ -49,6 +49,9 @@ class Scale:
     every: int = 1  # of the built-in documents one in `every` is read
 
 
+# The laptop's sizes were measured (two seeds each, 12 one-layer models): 384 neurons and 512 latents keep a script in one
+# latent, TopK more so than ReLU + L1, and leave the neurons mixed (r 0.33 with Arabic, against 0.84). The gpu scale has
+# not been run.
 SCALES: dict[str, Scale] = {
     "tiny": Scale(
         LMConfig(vocab_size=512, d_model=32, d_mlp=64, n_heads=2, context=64, tokens=200_000, batch_tokens=1024),
@@ -61,13 +64,13 @@ SCALES: dict[str, Scale] = {
     "laptop": Scale(
         LMConfig(),
         HarvestConfig(tokens=3_000_000, tokens_per_context=64, dtype="bfloat16"),
-        TrainConfig(activation="relu", d_sae=1024, l1_coefficient=3.0, batch_size=2048, lr=1e-3),
+        TrainConfig(activation="topk", d_sae=512, k=12, batch_size=2048, lr=2e-3),
         EvalConfig(tokens=100_000),
     ),
     "gpu": Scale(
-        LMConfig(tokens=200_000_000, batch_tokens=16_384),
+        LMConfig(d_mlp=512, tokens=200_000_000, batch_tokens=16_384),
         HarvestConfig(tokens=40_000_000, tokens_per_context=64, dtype="bfloat16", batch_size=256),
-        TrainConfig(activation="relu", d_sae=4096, l1_coefficient=3.0, batch_size=8192, lr=5e-4),
+        TrainConfig(activation="topk", d_sae=4096, k=16, batch_size=8192, lr=5e-4),
         EvalConfig(tokens=200_000),
     ),
 }

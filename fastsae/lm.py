@@ -32,17 +32,17 @@ END = "<|endoftext|>"  # stands between documents, and first in every context
 class LMConfig:
     """What to train. The defaults are the demo's laptop scale."""
 
-    vocab_size: int = 3072
+    vocab_size: int = 2048
     """Entries of the byte-level BPE."""
     d_model: int = 128
     """Width of the residual stream."""
-    d_mlp: int = 512
+    d_mlp: int = 384
     """MLP neurons."""
     n_heads: int = 4
     """Attention heads."""
     context: int = 128
     """Tokens in a context."""
-    tokens: int = 10_000_000
+    tokens: int = 12_000_000
     """Training tokens seen in all."""
     batch_tokens: int = 2048
     """Tokens in an optimizer step."""
