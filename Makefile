@@ -58,7 +58,7 @@ $(VENV)/.made:
 $(VENV)/.torch: $(VENV)/.made
 	@echo '== installing torch'
 	@$(PY) .ci/install_torch.py $(TORCH_INSTALL)
-	@$(PY) -c 'import torch; print("torch", torch.__version__, "works here")'
+	@$(PY) -W ignore -c 'import torch; print("torch", torch.__version__, "works here")'
 # What follows may not replace it: another version could be another build.
 	@$(PY) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(VENV)/torch.txt
 	@touch $@

@@ -49,8 +49,8 @@ class Scale:
     every: int = 1  # of the built-in documents one in `every` is read
 
 
-# The laptop's sizes come from trials with 14 language models: 384 neurons stay mixed (the best has r 0.33 with Arabic) and
-# matter to the model, 512 TopK latents keep a script in one latent (r 0.84). The gpu scale has not been run.
+# The laptop's sizes come from trials with 14 language models: 384 neurons stay mixed (the best has r 0.33 with Arabic)
+# and matter to the model, 512 TopK latents keep a script in one latent (r 0.84). The gpu scale has not been run.
 SCALES: dict[str, Scale] = {
     "tiny": Scale(
         LMConfig(vocab_size=512, d_model=32, d_mlp=64, n_heads=2, context=64, tokens=200_000, batch_tokens=1024),
