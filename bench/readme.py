@@ -108,14 +108,23 @@ def _demo_table(result: Row) -> str:
          PAPER_GOALS.get(row["name"], "")]
         for row in result["goals"]
     ]
-    head = ["", "base rate", "Pearson, best feature", "best neuron", "paper's feature", "specificity", "upper half",
-            "lift there", "ΔNLL inside", "elsewhere", "pinned", "unpinned", "neuron pinned", "match"]
-    body = [
-        [row["name"], f"{row['base_rate']:.2%}", _number(row, "pearson", 2), _number(row, "neuron_pearson", 2),
-         PAPER_PEARSON.get(row["name"], ""), f"{row['specificity']:.0%}", f"{row['specificity_upper']:.0%}",
-         _number(row, "lift_upper", 0), *_effects(row), _number(row, "match", 2)]
-        for row in result["rows"]
-    ]
+    found = _table(
+        ["", "base rate", "Pearson, best feature", "best neuron", "paper's feature", "specificity",
+         "upper half of the range", "lift there"],
+        [[row["name"], f"{row['base_rate']:.2%}", _number(row, "pearson", 2), _number(row, "neuron_pearson", 2),
+          PAPER_PEARSON.get(row["name"], ""), f"{row['specificity']:.0%}", f"{row['specificity_upper']:.0%}",
+          _number(row, "lift_upper", 0)] for row in result["rows"]],
+    )  # fmt: skip
+    used = _table(
+        ["", "ΔNLL inside", "elsewhere", "pinned", "unpinned", "best neuron pinned", "match in the other run"],
+        [[row["name"], *_effects(row), _number(row, "match", 2)] for row in result["rows"]],
+    )
+    universal = result.get("universality")
+    median = (
+        f"The median best match of {universal['count']} features drawn at random is {universal['features']:.2f}, that "
+        f"of the neurons {universal['neurons']:.2f} (paper: 0.72 and 0.46).\n"
+        if universal else ""
+    )  # fmt: skip
     return (
         f"Scale {result['scale']}, {result['minutes']:.0f} minutes. {_caption(result['machine'])}\n\n"
         f"{_table(['on held-out text', 'measured', 'goal', '', 'paper'], goals)}\n"
@@ -124,7 +133,8 @@ def _demo_table(result: Row) -> str:
         f"{lm['unigram']:.2f}. With the MLP as it is, through the dictionary, at zero and at its mean the loss is "
         f"{scores['ce_raw']:.2f}, {scores['ce_spliced']:.2f}, {scores['ce_zero']:.2f} and {scores['ce_mean']:.2f}; "
         f"{scores['recovered_zero']:.0%} is recovered against zero and {scores['recovered_mean']:.0%} against mean "
-        f"ablation. The dictionary explains {scores['fve']:.0%} of the variance.\n\n{_table(head, body)}"
+        f"ablation. The dictionary explains {scores['fve']:.0%} of the variance.\n\n"
+        f"{found}\n{used}\n{median}"
     )
 
 

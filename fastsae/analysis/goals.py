@@ -41,7 +41,7 @@ def table(results: dict) -> list[dict]:
         inside, outside = arabic["ablation"]["inside"], arabic["ablation"]["outside"]
         add("ablation ΔNLL on Arabic, nats", "> 0", inside, inside > 0, ".3f")
         if outside is not None:
-            add("ablation ΔNLL elsewhere, nats", "≈ 0 (|·| < 0.01)", outside, abs(outside) < 0.01, ".4f")
+            add("ablation ΔNLL elsewhere, nats", "≈ 0 (within 0.01)", outside, abs(outside) < 0.01, ".4f")
     if arabic["pinning"]:
         pinned, unpinned, neuron = (arabic["pinning"][key] for key in ("pinned", "unpinned", "neuron"))
         add("pinned: share of probability on Arabic", "≥ 0.3", pinned, pinned >= 0.3)
