@@ -63,23 +63,16 @@ def lm(
     """
     from fastsae import corpus
     from fastsae import lm as module
-    from fastsae.progress import progress
 
     documents = corpus.load(text, text_field=text_field)
-    with progress("lm", config.steps * config.batch_tokens) as meter:
-
-        def show(step: int, steps: int, row: dict) -> None:
-            meter.advance(step * config.batch_tokens - meter.done, f"loss {row['loss']:.3f}")
-
-        return module.train(
-            corpus.split_of(documents, "train"),
-            corpus.split_of(documents, "heldout"),
-            config,
-            out,
-            resume=resume,
-            on_step=show,
-            device=device,
-        )
+    return module.train(
+        corpus.split_of(documents, "train"),
+        corpus.split_of(documents, "heldout"),
+        config,
+        out,
+        resume=resume,
+        device=device,
+    )
 
 
 def harvest(
@@ -264,11 +257,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error))
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            return _fail(f"the disk is full ({error.filename or 'writing'}): free some space, then use --resume")
+            return _fail(f"the disk is full ({error.filename or 'writing'}): free some space; {_again(argv)}")
         return _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
     except KeyboardInterrupt:
-        print("\nfastsae: interrupted; the same command with --resume goes on from here", file=sys.stderr)
+        print(f"\nfastsae: interrupted; {_again(argv)}", file=sys.stderr)
         return 130
+
+
+def _again(argv: Sequence[str]) -> str:
+    """How to go on with a verb that was stopped."""
+    if argv[:1] in (["eval"], ["analyze"]):
+        return "the same command starts over"
+    resume = "" if argv[:1] == ["demo"] else " with --resume"
+    return f"the same command{resume} goes on from here"
 
 
 def _fail(message: str) -> int:

@@ -31,7 +31,6 @@ from fastsae.evaluate import EvalConfig
 from fastsae.files import claim_folder, write_json
 from fastsae.harvest import HarvestConfig
 from fastsae.lm import LMConfig
-from fastsae.progress import progress
 from fastsae.recipe import TrainConfig
 
 BRANCHES = {"a": 0, "b": 1}  # name → seed
@@ -151,14 +150,9 @@ def branch(out: Path, scale_name: str, name: str, say: Callable[[str], None]) ->
     folder, store, sae = (out / f"{part}-{name}" for part in ("lm", "store", "sae"))
 
     def train_lm() -> dict:
-        _, tokenizer = None, _load_tokenizer(out / "tokenizer")
-        with progress("language model", lm_config.steps * lm_config.batch_tokens) as meter:
-
-            def show(step: int, steps: int, row: dict) -> None:
-                meter.advance(step * lm_config.batch_tokens - meter.done, f"loss {row['loss']:.3f}")
-
-            train, heldout = _documents(scale, "train"), _documents(scale, "heldout")
-            return lm.train(train, heldout, lm_config, folder, tokenizer, resume=True, on_step=show)
+        tokenizer = _load_tokenizer(out / "tokenizer")
+        train, heldout = _documents(scale, "train"), _documents(scale, "heldout")
+        return lm.train(train, heldout, lm_config, folder, tokenizer, resume=True)
 
     def harvest() -> dict:
         model, tokenizer = lm.load(folder)

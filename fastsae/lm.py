@@ -23,6 +23,7 @@ from fastsae.corpus import Document
 from fastsae.errors import FastSAEError
 from fastsae.files import claim_folder, write_json, write_torch
 from fastsae.interrupt import uninterrupted
+from fastsae.progress import progress
 
 MLP_HOOK = "transformer.h.0.mlp.act"  # [B, T, d_mlp], after the ReLU
 END = "<|endoftext|>"  # stands between documents, and first in every context
@@ -227,6 +228,7 @@ def train(
     resume: bool = False,
     on_step: Callable[[int, int, dict], None] | None = None,
     device: str = "auto",
+    show_progress: bool = True,
 ) -> dict:
     """Trains tokenizer (unless given) and model into the folder `out`; returns and writes `lm.json`.
 
@@ -274,7 +276,9 @@ def train(
         )
 
     model.train()
-    with open(out / "log.jsonl", "a", encoding="utf-8") as log:
+    size = config.batch_tokens
+    meter_of = progress("language model", config.steps * size, "tokens", first * size, show_progress)
+    with open(out / "log.jsonl", "a", encoding="utf-8") as log, meter_of as meter:
         try:
             while done < config.steps:
                 lr = _learning_rate(config, done)
@@ -289,12 +293,14 @@ def train(
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
                     done += 1
+                meter.advance(size)
                 if done % 20 == 0 or done == config.steps:
                     rate = (done - first) * config.batch_tokens / (time.monotonic() - started - seconds)
                     row = {"step": done, "loss": loss.item(), "lr": lr, "tokens_per_s": rate}
                     if not math.isfinite(row["loss"]):
                         raise FastSAEError(f"the loss became {row['loss']} at step {done}; lower lr ({config.lr})")
                     log.write(json.dumps(row) + "\n")
+                    meter.note = f"loss {row['loss']:.3f}"
                     if on_step:
                         on_step(done, config.steps, row)
                 if done % config.checkpoint_every == 0 and done < config.steps:
