@@ -1,7 +1,11 @@
 """The command line: `fastsae VERB`. Options are the fields of the config dataclasses, under the same names."""
 
+import contextlib
 import errno
+import functools
+import io
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -222,12 +226,43 @@ def _with_preset(argv: Sequence[str]) -> Callable[..., dict]:
     preset, store = given("--preset"), given("--store")
     if preset not in get_args(Preset) or store is None:
         return train
-    import functools
-
     import fastsae
 
     config = TrainConfig.preset(preset, d_in=fastsae.ActivationStore(store).width)  # type: ignore[arg-type]
     return functools.partial(train, config=config)
+
+
+def _later(verb: Callable[..., dict]) -> Callable[..., Callable[[], dict]]:
+    """verb with the same signature and help, which when called only notes its arguments."""
+
+    @functools.wraps(verb)
+    def bound(*args: Any, **options: Any) -> Callable[[], dict]:
+        return functools.partial(verb, *args, **options)
+
+    bound.__doc__ = getattr(verb, "func", verb).__doc__  # of what a partial is made of
+    return bound
+
+
+def _parsed(verbs: dict[str, Any], argv: Sequence[str]) -> Callable[[], dict]:
+    """The verb with its arguments, to be called.
+
+    Raises FastSAEError for options that cannot be meant, of which tyro itself would make a box of several lines.
+    """
+    later = {name: _later(verb) for name, verb in verbs.items()}
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.extras.subcommand_cli_from_dict(
+                later, prog="fastsae", description=DESCRIPTION, args=argv or ["--help"]
+            )
+    except SystemExit as stopped:
+        cause: BaseException | None = stopped
+        while cause is not None and not isinstance(cause, FastSAEError):
+            cause = next((a for a in cause.args if isinstance(a, BaseException)), None) or cause.__context__
+        if cause is not None:
+            raise cause from None
+        sys.stderr.write(said.getvalue())
+        raise
 
 
 def _print_result(result: dict, as_json: bool) -> None:
@@ -248,13 +283,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         verbs: dict[str, Any] = dict(VERBS)
         if argv[:1] == ["train"]:
             verbs["train"] = _with_preset(argv)
-        result = tyro.extras.subcommand_cli_from_dict(
-            verbs, prog="fastsae", description=DESCRIPTION, args=argv or ["--help"]
-        )
-        _print_result(result, as_json)
+        _print_result(_parsed(verbs, argv)(), as_json)
         return 0
     except FastSAEError as error:
         return _fail(str(error))
+    except BrokenPipeError:  # the reader of our output (head, less) has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         if error.errno == errno.ENOSPC:
             return _fail(f"the disk is full ({error.filename or 'writing'}): free some space; {_again(argv)}")

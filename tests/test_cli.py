@@ -10,7 +10,7 @@ def test_every_verb_has_help_for_every_option(verb, capsys):
     assert stopped.value.code == 0
     shown = capsys.readouterr().out
     assert "--out" in shown or "--sae" in shown
-    assert len(shown.splitlines()) > 10
+    assert len(shown.splitlines()) > 10 and "partial" not in shown
 
 
 def test_bad_text_is_one_line_and_exit_2(tmp_path, capsys):
@@ -20,6 +20,16 @@ def test_bad_text_is_one_line_and_exit_2(tmp_path, capsys):
     message = capsys.readouterr().err.strip()
     assert "not UTF-8" in message and "\n" not in message
     assert not (tmp_path / "lm").exists()
+
+
+def test_options_that_cannot_be_meant_are_one_line_and_exit_2(tmp_path, capsys):
+    argv = ["train", "--store", "x", "--out", str(tmp_path / "sae"), "--activation", "topk", "--d-sae", "8", "--k", "9"]
+    assert cli.main(argv) == 2
+    message = capsys.readouterr().err
+    assert message == "fastsae: k must be at most d_sae = 8, got 9; lower k or widen the dictionary\n"
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([*argv, "--nonsense", "3"])
+    assert stopped.value.code == 2 and "--nonsense" in capsys.readouterr().err
 
 
 def test_a_preset_gives_the_defaults_and_options_go_on_top(tmp_path):
