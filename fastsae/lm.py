@@ -309,8 +309,13 @@ def train(
             save()
             raise
     model.eval()
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    try:
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+    except Exception as error:  # safetensors and tokenizers have error classes of their own for a full disk
+        if "No space left" not in str(error):
+            raise
+        raise FastSAEError(f"no space left for the model in {out}: free some space, then resume the run") from None
     heldout = streams[1]
     results = {
         "val_loss": validation_loss(model, heldout, config.context, end_id),

@@ -77,6 +77,15 @@ def test_another_run_in_the_folder_is_refused_by_name(documents, tmp_path):
         run(documents, tmp_path / "mine")
 
 
+def test_a_full_disk_is_said(documents, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+    with pytest.raises(FastSAEError, match="no space left for the model in .*full.* resume"):
+        run(documents, tmp_path / "full")
+
+
 def test_too_little_text_is_said(tmp_path):
     few = [corpus.document("short text, " + str(i)) for i in range(40)]
     with pytest.raises(FastSAEError, match="a vocabulary of 2048 needs more text"):
