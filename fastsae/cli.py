@@ -68,6 +68,7 @@ def lm(
     from fastsae import corpus
     from fastsae import lm as module
 
+    _quiet()
     documents = corpus.load(text, text_field=text_field)
     return module.train(
         corpus.split_of(documents, "train"),
@@ -193,12 +194,21 @@ def analyze(
 
 def _load_model(name: str) -> tuple[Any, Any]:
     """Model and tokenizer, without transformers' own progress bars: one kind of bar on a terminal is enough."""
-    from transformers.utils import logging
-
     from fastsae import lm as module
 
-    logging.disable_progress_bar()
+    _quiet()
     return module.load(name)
+
+
+def _quiet() -> None:
+    """transformers and the hub say nothing of their own: what matters of it comes in our errors."""
+    import logging
+
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 def load_sae(folder: Path) -> SAE:
@@ -287,6 +297,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except FastSAEError as error:
         return _fail(str(error))
+    except ImportError as error:
+        if not error.name:
+            raise
+        return _fail(f"this needs {error.name}, which is not installed: pip install 'fastsae[all]'")
     except BrokenPipeError:  # the reader of our output (head, less) has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

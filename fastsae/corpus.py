@@ -7,6 +7,7 @@ languages and code, with many kinds of text that are rare on purpose (each scrip
 import hashlib
 import json
 import lzma
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import resources
@@ -16,6 +17,7 @@ from typing import Literal
 from fastsae.errors import FastSAEError
 
 Split = Literal["train", "heldout", "all"]
+HF_CHARACTERS = 400_000_000  # read of a streamed dataset
 HELDOUT_ONE_IN = 6  # one document in six is held out, picked by its hash
 
 
@@ -53,7 +55,7 @@ def builtin(split: Split = "all") -> list[Document]:
     Ordered by hash, so that any part of it is a fair sample of the whole.
     """
     blob = resources.files("fastsae").joinpath("data/builtin.jsonl.xz").read_bytes()
-    rows = (json.loads(line) for line in lzma.decompress(blob).decode("utf-8").splitlines())
+    rows = (json.loads(line) for line in lzma.decompress(blob).decode("utf-8").split("\n") if line)
     return split_of(sorted((Document(**row) for row in rows), key=lambda document: document.id), split)
 
 
@@ -61,7 +63,8 @@ def load(source: str = "builtin", split: Split = "all", text_field: str = "text"
     """Documents from a name: "builtin", a .txt/.md/any text file, a .jsonl(.gz) file, a folder of those, or "hf:NAME".
 
     A text file is cut into documents at lines that hold nothing but a form feed or at every 50 blank-line-separated
-    blocks; a JSONL file has one document a line in `text_field`. "hf:NAME[:split]" streams a Hugging Face dataset.
+    blocks; a JSONL file has one document a line in `text_field`. "hf:NAME[:CONFIG][:SPLIT]" reads a Hugging Face
+    dataset (split train unless given) as a stream, up to `HF_CHARACTERS` characters, which fit into memory.
     Raises FastSAEError for a missing or empty source, text that is not UTF-8, or rows without the field.
     """
     if source == "builtin":
@@ -109,12 +112,15 @@ def _read(path: Path, text_field: str) -> Iterator[Document]:
     if name.endswith(".gz"):
         import gzip
 
-        blob, name = gzip.decompress(blob), name[:-3]
+        try:
+            blob, name = gzip.decompress(blob), name[:-3]
+        except (EOFError, OSError, zlib.error) as error:
+            raise FastSAEError(f"{path} cannot be unpacked ({error}); is it complete?") from None
     text = _decode(blob, path)
     if not name.endswith((".jsonl", ".ndjson")):
         yield from (document(part, path.name) for part in _blocks(text))
         return
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # U+2028 and its kind may stand inside a line
         if not line.strip():
             continue
         try:
@@ -139,8 +145,22 @@ def _huggingface(name: str, text_field: str) -> Iterator[Document]:
         from datasets import load_dataset  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise FastSAEError("reading a Hugging Face dataset needs `datasets`: pip install 'fastsae[all]'") from None
-    name, _, part = name.partition(":")
-    for row in load_dataset(name, split=part or "train", streaming=True):
-        if text_field not in row:
-            raise FastSAEError(f"dataset {name} has no field {text_field!r}; it has {', '.join(row)}")
-        yield document(row[text_field], name)
+    name, *rest = name.split(":")
+    part = rest[-1] if rest else "train"
+    try:
+        rows = load_dataset(name, *rest[:-1][:1], split=part, streaming=True)
+        read = 0
+        for row in rows:
+            if not isinstance(row.get(text_field), str):
+                raise FastSAEError(f"dataset {name} has no text in a field {text_field!r}; it has {', '.join(row)}")
+            yield document(row[text_field], name)
+            read += len(row[text_field])
+            if read > HF_CHARACTERS:
+                return
+    except FastSAEError:
+        raise
+    except Exception as error:  # of the network, the hub and a dozen formats
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise FastSAEError(
+            f"dataset {':'.join([name, *rest])} cannot be read: {reason}; expected NAME, NAME:SPLIT or NAME:CONFIG:SPLIT"
+        ) from None

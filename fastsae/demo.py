@@ -246,6 +246,9 @@ def _child(out: str, scale_name: str, name: str, threads: str) -> int:
     except FastSAEError as error:
         _say(str(error))
         return 2
+    except OSError as error:  # a full disk, most likely
+        _say(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
+        return 2
     except KeyboardInterrupt:
         return 130
     return 0

@@ -10,12 +10,19 @@ WIDTH = 5.8  # inches: ten-point labels stay legible when a telephone shrinks th
 ABOVE: dict[str, Any] = {"frameon": False, "loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 2}
 
 
-def _figure(height: float, rows: int = 1, **options: Any) -> Any:
-    """(figure, axes), WIDTH × height inches; axes is an array where there are several rows."""
+def require_matplotlib() -> None:
+    """Raises MissingDependencyError where the figures cannot be drawn: better before an hour of work than after."""
     try:
-        from matplotlib.figure import Figure
+        import matplotlib.figure  # noqa: F401
     except ImportError:
         raise MissingDependencyError("the report's figures need matplotlib: pip install 'fastsae[report]'") from None
+
+
+def _figure(height: float, rows: int = 1, **options: Any) -> Any:
+    """(figure, axes), WIDTH × height inches; axes is an array where there are several rows."""
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(WIDTH, height), dpi=160, layout="constrained", facecolor="white")
     axes: Any = figure.subplots(rows, **options)
     for each in axes if rows > 1 else [axes]:

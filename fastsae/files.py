@@ -58,7 +58,10 @@ def claim_folder(folder: Path, kind: str, config: dict, resume: bool) -> None:
     marker = folder / RUN_FILE
     wanted = json.loads(json.dumps({"kind": kind, **config}, default=str))
     if marker.exists() and any(path != marker for path in folder.iterdir()):
-        there = json.loads(marker.read_text(encoding="utf-8"))
+        try:
+            there = json.loads(marker.read_text(encoding="utf-8"))
+        except ValueError:
+            raise FastSAEError(f"{marker} is damaged; choose another folder or remove this one") from None
         if there != wanted:
             raise FastSAEError(
                 f"{folder} holds another run ({_difference(there, wanted)}); choose another folder or remove it"
@@ -79,3 +82,12 @@ def _difference(there: Any, wanted: Any, at: str = "") -> str:
             if there.get(key) != wanted.get(key):
                 return _difference(there.get(key), wanted.get(key), f"{at}.{key}" if at else key)
     return f"{at}: {there!r} there, {wanted!r} asked for"
+
+
+def truncate_log(path: Path, step: int) -> None:
+    """Drop the lines that an interrupted run wrote after the checkpoint it will go on from."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    path.write_text("".join(kept), encoding="utf-8")

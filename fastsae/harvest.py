@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastsae.contexts import ContextBatch, Packing, context_batches, documents_digest, model_limits
 from fastsae.errors import FastSAEError
-from fastsae.hooks import capture
+from fastsae.hooks import activations
 from fastsae.progress import Meter, progress
 from fastsae.store import ActivationStore, StoreDtype
 from fastsae.store_writer import StoreWriter, check_space, finished_store
@@ -96,7 +96,7 @@ def harvest(
     was_training = model.training
     model.eval()
     try:
-        width = _forward(model, hook, torch.zeros(1, 2, dtype=torch.long)).shape[-1]
+        width = activations(model, hook, torch.zeros(1, 2, dtype=torch.long)).shape[-1]
         settings = (width, config.dtype, meta, config.seed, config.shard_rows)
         if resume and (store := finished_store(out, *settings)) is not None:
             return store
@@ -160,33 +160,13 @@ def _run(
         rows += len(keep)
         if stored < len(keep):
             # The whole batch runs again, also for its last row: a sum may depend on what else is in the batch.
-            x = _forward(model, hook, batch.token_ids)
+            x = activations(model, hook, batch.token_ids)
             new = keep[stored:]
             columns = (batch.token_ids, batch.documents, batch.positions)
             writer.add(x.flatten(0, 1)[new.to(x.device)], *(column.flatten()[new] for column in columns))
             meter.advance(len(new))
         if rows == config.tokens:
             return
-
-
-@torch.no_grad()
-def _forward(model: nn.Module, hook: str, token_ids: Tensor) -> Tensor:
-    """The hooked output for token ids [B, T]; nothing behind that module is computed.
-
-    Right padding needs no attention mask: in a causal model no token sees what comes after it.
-    """
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    with capture(model, hook, stop=True) as outputs:
-        model(token_ids.to(device))
-    if not outputs:
-        raise FastSAEError(f"the model's forward pass does not run {hook}: hook another module")
-    x = outputs[0]
-    if x.ndim != 3 or x.shape[:2] != token_ids.shape:
-        raise FastSAEError(
-            f"the output of {hook} must be [contexts, tokens, width], for {list(token_ids.shape)} token ids "
-            f"got {list(x.shape)}: hook another module"
-        )
-    return x
 
 
 def _choose(keep: Tensor, config: HarvestConfig, number: int) -> Tensor:

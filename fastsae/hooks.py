@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastsae.errors import FastSAEError
@@ -131,3 +132,24 @@ def _with_first_tensor(output: Any, new: Tensor) -> Any:
     if hasattr(output, "_fields"):  # a named tuple takes its fields one by one
         return type(output)(*parts)
     return type(output)(parts)
+
+
+@torch.no_grad()
+def activations(model: nn.Module, hook: str, token_ids: Tensor) -> Tensor:
+    """The hooked output for token ids [B, T]: [B, T, D]; nothing behind that module is computed.
+
+    Right padding needs no attention mask: in a causal model no token sees what comes after it.
+    Raises FastSAEError: no such module, or one that the forward pass does not run or whose output has another shape.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    with capture(model, hook, stop=True) as outputs:
+        model(token_ids.to(device))
+    if not outputs:
+        raise FastSAEError(f"the model's forward pass does not run {hook}: hook another module")
+    x = outputs[0]
+    if x.ndim != 3 or x.shape[:2] != token_ids.shape:
+        raise FastSAEError(
+            f"the output of {hook} must be [contexts, tokens, width], for {list(token_ids.shape)} token ids "
+            f"got {list(x.shape)}: hook another module"
+        )
+    return x

@@ -19,12 +19,15 @@ import torch
 from torch import Tensor
 
 from fastsae import baselines
+from fastsae.contexts import documents_digest
 from fastsae.corpus import Document
+from fastsae.device import choose_device
 from fastsae.errors import FastSAEError
-from fastsae.files import claim_folder, write_json, write_torch
+from fastsae.files import claim_folder, truncate_log, write_json, write_torch
 from fastsae.interrupt import uninterrupted
 from fastsae.progress import progress
 
+RESULTS = "lm.json"
 MLP_HOOK = "transformer.h.0.mlp.act"  # [B, T, d_mlp], after the ReLU
 END = "<|endoftext|>"  # stands between documents, and first in every context
 
@@ -235,11 +238,15 @@ def train(
     `lm.json` has val_loss, unigram and bigram (nats per token on the same held-out tokens), tokens, seconds. Every
     `checkpoint_every` steps a checkpoint is written; with resume=True the run goes on from it, bit for bit on the CPU.
     on_step(step, steps, {"loss", "lr", "tokens_per_s"}) is called every 20 steps. device: "cpu", "cuda", …; "auto"
-    takes the GPU if there is one. Raises FastSAEError for too little
-    text, or when `out` holds a run with another configuration.
+    takes the GPU if there is one. Raises FastSAEError for too little text, no such device, no space left, or when `out`
+    holds a run with another configuration or on another text.
     """
     out = Path(out)
-    claim_folder(out, "lm", {"lm": asdict(config)}, resume)
+    known = None if tokenizer is None else documents_digest([json.dumps(tokenizer.get_vocab(), sort_keys=True)])
+    text = documents_digest([*train_documents, *heldout_documents])
+    claim_folder(out, "lm", {"lm": asdict(config), "text": text, "tokenizer": known}, resume)
+    if resume and (out / RESULTS).exists():  # written last
+        return json.loads((out / RESULTS).read_text(encoding="utf-8"))
     checkpoint = out / "checkpoint.pt"
     if tokenizer is None:
         tokenizer = train_tokenizer(train_documents, config.vocab_size)
@@ -249,8 +256,7 @@ def train(
         if len(stream) < 2 * config.context:
             raise FastSAEError(f"{name} text has {len(stream)} tokens, expected at least {2 * config.context}")
     stream = torch.from_numpy(streams[0].astype(np.int64))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = str(choose_device(device))
     model: Any = build_model(config, end_id)
     model.to(device)
     optimizer = _optimizer(model, config)
@@ -260,6 +266,7 @@ def train(
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first, seconds = state["step"], state["seconds"]
+    truncate_log(out / "log.jsonl", first)
 
     started = time.monotonic() - seconds
     done = first  # steps
@@ -308,6 +315,7 @@ def train(
         except KeyboardInterrupt:
             save()
             raise
+    save()  # what follows can fail, and is then done again
     model.eval()
     try:
         model.save_pretrained(out)
@@ -326,6 +334,6 @@ def train(
         "seconds": time.monotonic() - started,
         "config": asdict(config),
     }
-    write_json(out / "lm.json", results)
+    write_json(out / RESULTS, results)
     checkpoint.unlink(missing_ok=True)
     return results

@@ -235,15 +235,12 @@ def _card(row: dict, folder: Path) -> str:
 
 def _summary(row: dict) -> str:
     largest = ", ".join(f"neuron {n} {_number(c, '+.2f')}" for n, c in row["neurons"])
-    correlated, match = row.get("neuron_correlation"), row["match"]
+    match = row["match"]
     sentences = [
         f"Fires on {row['density']:.2%} of tokens, at most {row['max']:.1f}; on {row['recall']:.0%} of the category.",
         f"Pearson with the category {_number(row['pearson'], '.2f')} ({_number(row['pearson_clipped'], '.2f')} with the "
         f"graded proxy); the best neuron, {row['neuron']}, has {_number(row['neuron_pearson'], '.2f')}.",
         f"Largest decoder coefficients: {largest}." if largest else "",
-        f"The neuron most correlated with it is {correlated[0]}, r {_number(correlated[1], '.2f')}."
-        if correlated
-        else "",
     ]
     if match:
         weights = match["logit_pearson"]

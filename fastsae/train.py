@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsae.device import choose_device
 from fastsae.errors import DataError, FastSAEError
-from fastsae.files import claim_folder, write_json, write_torch
+from fastsae.files import claim_folder, truncate_log, write_json, write_torch
 from fastsae.harvest import check_options
 from fastsae.interrupt import uninterrupted
 from fastsae.optim import DecoderNorm, clip_gradients_, lr_factor, penalty_factor
@@ -151,9 +152,7 @@ class _Run:
                 return
             if (out / CHECKPOINT).exists():
                 checkpoint = torch.load(out / CHECKPOINT, weights_only=True, map_location="cpu")
-        device = config.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = choose_device(config.device)
         self.sae = SAE(config.sae, device=device) if checkpoint else start(config, store, device)
         self.optimizer = torch.optim.Adam(
             self.sae.parameters(), lr=config.lr, betas=(config.beta1, config.beta2), fused=True
@@ -163,7 +162,7 @@ class _Run:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             self.step, self.resampled = checkpoint["step"], checkpoint["resampled"]
         if out is not None:
-            _truncate_log(out / LOG, self.step)
+            truncate_log(out / LOG, self.step)
 
     def log(self, out: LossOutput, rate: float) -> Row:
         """One line of the log; the only place where the loop waits for the device."""
@@ -215,12 +214,3 @@ class _Run:
             write_json(self.out / RESULT, self.last | {"config": asdict(self.config)})
             (self.out / CHECKPOINT).unlink(missing_ok=True)
         return self.sae
-
-
-def _truncate_log(path: Path, step: int) -> None:
-    """Drop the lines that an interrupted run wrote after the checkpoint it will go on from."""
-    if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    path.write_text("".join(kept), encoding="utf-8")

@@ -141,3 +141,13 @@ def test_bad_input(run):
 
 def test_words_of_the_case_are_what_they_say():
     assert not set("".join(ARABIC)) & set("".join(tiny_lm.WORDS))
+
+
+def test_activations_that_are_not_finite_and_modules_that_do_not_run():
+    sae, model, tokenizer = case()
+    with pytest.raises(FastSAEError, match="does not run transformer.h: hook another"):
+        collect(sae, model, tokenizer, documents(), "transformer.h", context=64, show_progress=False)
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.bias[3] = float("nan")
+    with pytest.raises(FastSAEError, match="must be finite, got NaN"):
+        collect(sae, model, tokenizer, documents(), HOOK, context=64, show_progress=False)

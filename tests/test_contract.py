@@ -262,3 +262,14 @@ def test_the_verbs_are_called_on_the_package_whatever_was_imported_first(imports
     assert "train" in dir(fastsae) and "SAE" in dir(fastsae)
     with pytest.raises(AttributeError, match="no attribute 'absent'"):
         fastsae.absent  # noqa: B018
+
+
+def test_the_readme_example_runs_as_printed(tmp_path, monkeypatch) -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    example = readme.split("```python\n")[1].split("```")[0]
+    assert len(example.strip().splitlines()) <= 13 and "fastsae.SAE(" in example
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(compile(example, "README.md", "exec"), names)
+    assert names["sae"].cfg.k == 32 and names["code"].shape == (4096, 4096)
+    assert names["out"].loss.isfinite() and sorted(p.name for p in (tmp_path / "my-sae").iterdir())

@@ -1,5 +1,7 @@
 import gzip
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -70,3 +72,39 @@ def test_missing_text_and_empty_split(tmp_path):
     absent = "train" if corpus.load(str(tmp_path))[0].heldout else "heldout"
     with pytest.raises(FastSAEError, match=f"none of them in the {absent} split"):
         corpus.load(str(tmp_path), split=absent)
+
+
+def test_separators_that_json_allows_inside_a_string_do_not_end_a_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    texts = ["one\u2028two", "three\u0085four\u2029five"]
+    path.write_text("".join(json.dumps({"text": t}, ensure_ascii=False) + "\r\n" for t in texts), encoding="utf-8")
+    assert [d.text for d in corpus.load(str(path))] == texts
+
+
+def test_a_cut_off_gz_is_said(tmp_path):
+    path = tmp_path / "a.txt.gz"
+    path.write_bytes(gzip.compress(b"some text " * 100)[:-20])
+    with pytest.raises(FastSAEError, match="cannot be unpacked"):
+        corpus.load(str(path))
+
+
+def test_a_dataset_is_streamed_up_to_a_limit_and_errors_are_one_line(monkeypatch):
+    read = []
+
+    def load_dataset(name, *config, split, streaming):
+        assert streaming
+        if name == "no/config":
+            raise ValueError("Config name is missing.\nPick one.")
+        read.append((name, config, split))
+        return ({"text": f"document {n}", "n": n} for n in range(10**9))
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setattr(corpus, "HF_CHARACTERS", 200)
+    assert 10 < len(corpus.load("hf:some/set")) < 30
+    for name in ("hf:some/set:validation", "hf:some/set:small:test"):
+        assert corpus.load(name)
+    assert read == [("some/set", (), "train"), ("some/set", (), "validation"), ("some/set", ("small",), "test")]
+    with pytest.raises(FastSAEError, match="no text in a field 'n'; it has text, n"):
+        corpus.load("hf:some/set", text_field="n")
+    with pytest.raises(FastSAEError, match="no/config cannot be read: Config name is missing.; expected NAME"):
+        corpus.load("hf:no/config")

@@ -77,6 +77,20 @@ def test_another_run_in_the_folder_is_refused_by_name(documents, tmp_path):
         run(documents, tmp_path / "mine")
 
 
+def test_a_finished_run_is_reused_and_another_text_is_another_run(documents, tmp_path):
+    first = run(documents, tmp_path / "lm")
+    log = (tmp_path / "lm" / "log.jsonl").read_text()
+    assert run(documents, tmp_path / "lm", resume=True) == first
+    assert (tmp_path / "lm" / "log.jsonl").read_text() == log
+    with pytest.raises(FastSAEError, match="another run.*text"):
+        run(documents[1:], tmp_path / "lm", resume=True)
+
+
+def test_a_device_that_is_not_there_is_said(documents, tmp_path):
+    with pytest.raises(FastSAEError, match="device must be auto, cpu or one that torch can use here, got 'banana'"):
+        run(documents, tmp_path / "lm", device="banana")
+
+
 def test_a_full_disk_is_said(documents, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")

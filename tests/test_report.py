@@ -56,7 +56,7 @@ def category(name: str = "Arabic", feature: int = 7) -> dict:
             "top": [[HOSTILE, 2.0], ["ال", 1.5]], "bottom": [[" the", -1.0], ["\x07", -0.9]],
             "edges": [-2.0, -1.0, 0.0, 1.0, 2.0], "inside": [0, 1, 5, 30], "outside": [20, 700, 600, 3],
         },
-        "neurons": [[3, 0.4], [8, -0.3]], "neuron_correlation": [3, 0.45],
+        "neurons": [[3, 0.4], [8, -0.3]],
         "contexts": [
             {"tokens": words, "activations": [0.0, 9.5, 0.0, 3.0, 2.0, 0.0, 0.0, 0.0, 1.0, 0.0], "at": 1}
             for _ in range(20)

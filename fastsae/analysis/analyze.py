@@ -52,6 +52,8 @@ class AnalyzeConfig:
     def __post_init__(self) -> None:
         if not proxies(self.categories):
             raise FastSAEError("expected at least one category, got none")
+        if self.tokens is not None and self.tokens < 1:
+            raise FastSAEError(f"tokens must be at least 1, got {self.tokens}; leave it out to read all")
         for name in (
             "context",
             "batch_size",
@@ -83,8 +85,9 @@ def analyze(
     of another run with the same tokenizer; its best matches are reported. quality: figures of training and evaluation
     to show beside. Categories that do not occur in both halves of the text are left out.
     """
-    from fastsae import report
+    from fastsae import figures, report
 
+    figures.require_matplotlib()
     config = config or AnalyzeConfig()
     options = {"categories": config.categories, "context": config.context, "batch_size": config.batch_size}
     data = collect(

@@ -18,7 +18,7 @@ from fastsae.analysis.proxies import DEFAULT, Proxy, proxies, score_all
 from fastsae.codes import SparseCode
 from fastsae.contexts import context_batches, model_limits
 from fastsae.errors import FastSAEError, TooDenseError
-from fastsae.hooks import capture
+from fastsae.hooks import activations
 from fastsae.progress import progress
 from fastsae.sae import SAE
 
@@ -248,7 +248,7 @@ class _Pass:
         self.neuron_max = torch.zeros(0)
 
     def add(self, token_ids: Tensor, keep: Tensor, binary: Tensor, scoring: Tensor) -> None:
-        x = activations(self.model, self.hook, token_ids)[keep]  # [n, D]
+        x = self._activations(self.model, token_ids, keep)  # [n, D]
         if x.shape[1] != self.sae.cfg.d_in:
             raise FastSAEError(
                 f"the SAE reads activations of width {self.sae.cfg.d_in}, {self.hook} puts out {x.shape[1]}: "
@@ -264,19 +264,19 @@ class _Pass:
             moments.add(x[scoring == bool(half)], binary[scoring == bool(half)])
         if self.other is None:
             return
-        y = activations(self.other[1], self.hook, token_ids)[keep]
+        y = self._activations(self.other[1], token_ids, keep)
         self.other_codes.add(self.other[0], y)
         y = y.float().cpu()
         self.between = self.between or _Moments(x.shape[1], y.shape[1])
         self.between.add(x, y)
 
-
-def activations(model: Any, hook: str, token_ids: Tensor) -> Tensor:
-    """The hooked module's output on token_ids [B, T]: [B, T, D]."""
-    device = next(model.parameters()).device
-    with capture(model, hook, stop=True) as outputs:
-        model(token_ids.to(device))
-    return outputs[0]
+    def _activations(self, model: Any, token_ids: Tensor, keep: Tensor) -> Tensor:
+        x = activations(model, self.hook, token_ids)[keep]
+        if not torch.isfinite(x).all():
+            raise FastSAEError(
+                f"activations at {self.hook} must be finite, got NaN or infinity: run the model in float32"
+            )
+        return x
 
 
 def _text(document: Any) -> str:
