@@ -162,5 +162,5 @@ def _huggingface(name: str, text_field: str) -> Iterator[Document]:
     except Exception as error:  # of the network, the hub and a dozen formats
         reason = (str(error) or repr(error)).splitlines()[0]
         raise FastSAEError(
-            f"dataset {':'.join([name, *rest])} cannot be read: {reason}; expected NAME, NAME:SPLIT or NAME:CONFIG:SPLIT"
+            f"dataset {':'.join([name, *rest])} cannot be read: {reason}; expected NAME[:CONFIG][:SPLIT]"
         ) from None

@@ -79,6 +79,7 @@ def write(results: dict, folder: Path) -> Path:
         figures.features_and_neurons(categories, folder / "features_and_neurons.png")
         parts.append(_table(results))
         parts += [_card(row, folder) for row in categories]
+    parts += [_card(row, folder, f"f-{row['feature']}") for row in results.get("features") or []]
     parts.append("<h2 id=words>What the numbers mean</h2><dl>" + "".join(
         f"<dt>{escape(word)}</dt><dd>{escape(text)}</dd>" for word, text in GLOSSARY.items()) + "</dl>")  # fmt: skip
     page = (
@@ -91,6 +92,7 @@ def write(results: dict, folder: Path) -> Path:
 
 def _intro(results: dict) -> str:
     links = " ".join(f"<a href='#{_id(row)}'>{escape(row['name'])}</a>" for row in results["categories"])
+    links += "".join(f" <a href='#f-{row['feature']}'>feature {row['feature']}</a>" for row in results.get("features") or [])
     return (
         f"<h1>Features found at <code>{escape(results['hook'])}</code></h1>"
         f"<p>A sparse autoencoder with {results['d_sae']:,} features was trained on the {results['d_in']:,} activations of "
@@ -212,13 +214,16 @@ def _id(row: dict) -> str:
     return "c-" + "".join(c if c.isalnum() else "-" for c in row["name"])
 
 
-def _card(row: dict, folder: Path) -> str:
-    name, stem = row["name"], _id(row)
+def _card(row: dict, folder: Path, asked_for: str | None = None) -> str:
+    """Everything about one feature. asked_for: the id of a feature that was not found by its category."""
+    name, stem = row["name"], asked_for or _id(row)
     figures.activations(row["bins"], name, folder / f"{stem}-activations.png")
     figures.expected_value(row["bins"], name, folder / f"{stem}-expected.png")
     image = f"Activations inside and outside {name}"
     parts = [
-        f"<h2 id='{stem}'>{escape(name)}: feature {row['feature']}</h2>",
+        f"<h2 id='{stem}'>Feature {row['feature']}, beside {escape(name)}</h2>"
+        if asked_for
+        else f"<h2 id='{stem}'>{escape(name)}: feature {row['feature']}</h2>",
         _summary(row),
         _image(f"{stem}-activations.png", image,
                f"Above: tokens by the feature’s activation. Below: the share of them that are {name}, per interval; "

@@ -1,5 +1,6 @@
 """`analyze` from a dictionary to its results, with a feature for Arabic planted in the dictionary."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -173,3 +174,23 @@ def test_config_says_what_is_wrong():
         AnalyzeConfig(categories=())
     with pytest.raises(FastSAEError, match="samples must be at least 1, got 0"):
         AnalyzeConfig(samples=0)
+
+
+def test_any_feature_can_be_asked_for(run, tmp_path: Path):
+    sae, model, tokenizer = planted()
+    with torch.no_grad():
+        sae.encoder.bias[6] = -1e6  # never fires
+    wanted = arabic(run)["feature"]
+    config = dataclasses.replace(CONFIG, features=(wanted, 5, 6))
+    results = analyze(sae, model, tokenizer, documents(60), HOOK, tmp_path, config, show_progress=False)
+    same, other, dead = results["features"]
+    assert same["pearson"] == arabic(run)["pearson"] and same["contexts"] == arabic(run)["contexts"]
+    assert other["feature"] == 5 and other["bins"] and other["logits"]
+    assert dead["max"] == dead["density"] == 0 and dead["ablation"] is None
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<h2 id='f-5'>Feature 5, beside Arabic</h2>" in page and (tmp_path / "f-5-activations.png").exists()
+    with pytest.raises(FastSAEError, match=f"from 0 to {sae.cfg.d_sae - 1}, got -1"):
+        analyze(
+            sae, model, tokenizer, documents(60), HOOK, tmp_path, dataclasses.replace(CONFIG, features=(-1,)),
+            show_progress=False,
+        )  # fmt: skip

@@ -32,6 +32,8 @@ class AnalyzeConfig:
 
     categories: tuple[str, ...] = DEFAULT
     """Scripts by their Unicode name, base64, DNA."""
+    features: tuple[int, ...] = ()
+    """Features to show besides the best one of every category, each beside the category it follows best."""
     tokens: int | None = None
     """Held-out tokens to read; default: all."""
     context: int = 128
@@ -89,6 +91,8 @@ def analyze(
 
     figures.require_matplotlib()
     config = config or AnalyzeConfig()
+    if bad := [n for n in config.features if not 0 <= n < sae.cfg.d_sae]:
+        raise FastSAEError(f"features must be numbers from 0 to {sae.cfg.d_sae - 1}, got {bad[0]}")
     options = {"categories": config.categories, "context": config.context, "batch_size": config.batch_size}
     data = collect(
         sae,
@@ -110,6 +114,7 @@ def analyze(
         "documents": len(data.texts),
         "quality": quality or {},
         "categories": study.categories(),
+        "features": [study.feature(number) for number in config.features],
         "universality": study.universality(),
     }
     results["goals"] = goals.table(results)
@@ -171,10 +176,17 @@ class _Study:
                 found.append(self._category(p, proxy))
         return found
 
-    def _category(self, p: int, proxy: Proxy) -> dict:
+    def feature(self, number: int) -> dict:
+        """The row of any feature, beside the category that it follows best on the half where features are chosen."""
+        p = int(self.pearson[0][number].nan_to_num(-1.0).argmax())
+        return self._category(p, self.data.proxies[p], number)
+
+    def _category(self, p: int, proxy: Proxy, feature: int | None = None) -> dict:
+        """The row of a category's best feature, or of the one given."""
         data = self.data
         inside, scored = data.binary[:, p], data.half
-        feature = int(self.pearson[0][:, p].argmax())
+        if feature is None:
+            feature = int(self.pearson[0][:, p].argmax())
         neuron = int(data.neuron_pearson[0, :, p].argmax())
         r, neuron_r = float(self.pearson[1][feature, p]), float(data.neuron_pearson[1, neuron, p])
         tokens, values = data.codes.of(feature)
@@ -197,8 +209,8 @@ class _Study:
             "max": highest,
             "specificity": specificity,
             "specificity_upper": specificity_upper,
-            "lift": specificity / base_rate,
-            "lift_upper": specificity_upper / base_rate,
+            "lift": specificity / max(base_rate, 1e-12),
+            "lift_upper": specificity_upper / max(base_rate, 1e-12),
             "recall": float(hit.sum()) / max(1, int(inside[scored].sum())),
             "bins": _bins(active, hit, highest),
             "neurons": self._neurons(feature),
