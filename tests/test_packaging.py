@@ -111,7 +111,7 @@ def test_wheel_imports_its_kernels(wheel, tmp_path):
 
 def test_wheel_has_the_command_and_the_licence(wheel):
     info = next(name for name in wheel.namelist() if name.endswith("entry_points.txt"))
-    assert "fastsae = fastsae.cli:main" in wheel.read(info).decode()
+    assert "fastsae = fastsae.__main__:main" in wheel.read(info).decode()
     assert any(name.endswith("licenses/LICENSE") for name in wheel.namelist())
 
 
