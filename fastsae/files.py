@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,14 @@ def write_torch(path: Path, value: Any) -> None:
             raise OSError(str(error).splitlines()[0]) from error
 
     _replace(path, save)
+
+
+def read_torch(path: Path, device: Any = "cpu") -> Any:
+    """What write_torch wrote. Raises FastSAEError for a file that is not whole."""
+    try:
+        return torch.load(path, weights_only=True, map_location=device)
+    except (RuntimeError, EOFError, LookupError, pickle.UnpicklingError):
+        raise FastSAEError(f"the checkpoint {path} is damaged; remove it to start the run again") from None
 
 
 def claim_folder(folder: Path, kind: str, config: dict, resume: bool) -> None:

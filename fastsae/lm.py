@@ -23,7 +23,7 @@ from fastsae.contexts import documents_digest
 from fastsae.corpus import Document
 from fastsae.device import choose_device
 from fastsae.errors import FastSAEError
-from fastsae.files import claim_folder, truncate_log, write_json, write_torch
+from fastsae.files import claim_folder, read_torch, truncate_log, write_json, write_torch
 from fastsae.interrupt import uninterrupted
 from fastsae.progress import progress
 
@@ -262,7 +262,7 @@ def train(
     optimizer = _optimizer(model, config)
     first, seconds = 0, 0.0
     if resume and checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True, map_location=device)
+        state = read_torch(checkpoint, device)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first, seconds = state["step"], state["seconds"]

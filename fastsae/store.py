@@ -253,7 +253,10 @@ def _read_index(path: Path) -> dict[str, Any]:
         if (path / RUN_FILE).exists():
             raise FastSAEError(f"the store in {path} is unfinished: harvest again with the same options to resume it")
         raise FastSAEError(f"{path} holds no activation store (no {INDEX}): harvest one first")
-    index = json.loads((path / INDEX).read_text())
+    try:
+        index = json.loads((path / INDEX).read_text())
+    except ValueError:
+        raise FastSAEError(f"{path / INDEX} is damaged: harvest again into another folder") from None
     if index.get("format") != FORMAT or index.get("version", 0) > VERSION:
         raise FastSAEError(
             f"{path / INDEX} is {index.get('format')} version {index.get('version')}, "

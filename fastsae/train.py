@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastsae.device import choose_device
 from fastsae.errors import DataError, FastSAEError
-from fastsae.files import claim_folder, truncate_log, write_json, write_torch
+from fastsae.files import claim_folder, read_torch, truncate_log, write_json, write_torch
 from fastsae.harvest import check_options
 from fastsae.interrupt import uninterrupted
 from fastsae.optim import DecoderNorm, clip_gradients_, lr_factor, penalty_factor
@@ -151,7 +151,7 @@ class _Run:
                 self.finished = SAE.from_pretrained(out / FOLDER)
                 return
             if (out / CHECKPOINT).exists():
-                checkpoint = torch.load(out / CHECKPOINT, weights_only=True, map_location="cpu")
+                checkpoint = read_torch(out / CHECKPOINT)
         device = choose_device(config.device)
         self.sae = SAE(config.sae, device=device) if checkpoint else start(config, store, device)
         self.optimizer = torch.optim.Adam(

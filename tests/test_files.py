@@ -3,7 +3,7 @@
 import pytest
 
 from fastsae.errors import FastSAEError
-from fastsae.files import claim_folder
+from fastsae.files import claim_folder, read_torch, write_torch
 
 
 def test_a_folder_belongs_to_one_run(tmp_path):
@@ -27,3 +27,20 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     with pytest.raises(FastSAEError, match="not an empty folder"):
         claim_folder(tmp_path / "thesis.tex", "lm", {}, resume=True)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("content", [b"", b"half a checkpoint", b"PK\x03\x04 cut off"])
+def test_a_damaged_checkpoint_is_said(tmp_path, content):
+    (tmp_path / "state.pt").write_bytes(content)
+    with pytest.raises(FastSAEError, match="state.pt is damaged; remove it"):
+        read_torch(tmp_path / "state.pt")
+    write_torch(tmp_path / "state.pt", {"step": 3})
+    assert read_torch(tmp_path / "state.pt") == {"step": 3}
+
+
+def test_a_damaged_mark_is_said(tmp_path):
+    claim_folder(tmp_path / "run", "lm", {}, resume=False)
+    (tmp_path / "run" / "log.jsonl").write_text("")
+    (tmp_path / "run" / "run.json").write_text("{")
+    with pytest.raises(FastSAEError, match="run.json is damaged"):
+        claim_folder(tmp_path / "run", "lm", {}, resume=True)
