@@ -7,16 +7,16 @@ kernel that spills has a stack; one that needs more shared memory than a chip ha
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from bench.shipped import Shipped, shipped
 
 # Shared memory that one program may use, in bytes, by compute capability: CUDA C++ Programming Guide, table of
 # technical specifications ("maximum amount of shared memory per thread block").
@@ -24,23 +24,11 @@ SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 2
 
 
 @dataclass(frozen=True)
-class Shipped:
-    """A kernel with one set of argument types and constants that a launcher can give it."""
-
-    op: str
-    variant: str
-    kernel: Any  # triton.JITFunction
-    signature: dict[str, str]
-    constexprs: dict[str, Any]
-    aligned: tuple[str, ...]  # pointers and sizes that are multiples of 16 in this variant
-    num_warps: int
-
-
-@dataclass(frozen=True)
 class Resources:
     registers: int
     stack_bytes: int
     shared_bytes: int
+    code_bytes: int  # of the whole object file
     seconds: float
 
     def problem(self, capability: int) -> str | None:
@@ -50,31 +38,6 @@ class Resources:
         if self.shared_bytes > SHARED_LIMIT[capability]:
             return f"needs {self.shared_bytes} bytes of shared memory, sm_{capability} has {SHARED_LIMIT[capability]}"
         return None
-
-
-def shipped() -> Iterator[Shipped]:
-    """Every kernel in every variant that differs in code, not only in sizes."""
-    yield from _decode_variants()
-
-
-def _decode_variants() -> Iterator[Shipped]:
-    from fastsae.kernels import decode
-
-    strides = ("stride_in", "stride_vn", "stride_wf", "stride_on")
-    for dtype, has_counts, whole in itertools.product(("fp32", "bf16", "fp16"), (False, True), (False, True)):
-        pointers = {"indices_ptr": "*i32", "values_ptr": "*fp32", "counts_ptr": "*i32",
-                    "w_ptr": f"*{dtype}", "out_ptr": f"*{dtype}"}
-        yield Shipped(
-            op="decode",
-            variant=f"{dtype}{' counts' if has_counts else ''}{'' if whole else ' odd D'}",
-            kernel=decode.decode_kernel,
-            signature=pointers | dict.fromkeys(("K", "D"), "i32") | dict.fromkeys(strides, "i64"),
-            # Triton makes a constant of a stride of 1.
-            constexprs={"stride_ik": 1, "stride_vk": 1,
-                        "HAS_COUNTS": has_counts, "BLOCK_D": decode.BLOCK_D, "UNROLL": decode.UNROLL},
-            aligned=(*pointers, *(("D", "stride_wf", "stride_on") if whole else ())),
-            num_warps=decode.NUM_WARPS,
-        )
 
 
 def compile_for(item: Shipped, capability: int) -> Resources:
@@ -91,9 +54,12 @@ def compile_for(item: Shipped, capability: int) -> Resources:
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in item.aligned},
     )
     start = time.perf_counter()
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": item.num_warps})
+    options = {"num_warps": item.num_warps, "num_stages": item.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     registers, stack = _usage(compiled.asm["cubin"])
-    return Resources(registers, stack, compiled.metadata.shared, time.perf_counter() - start)
+    return Resources(
+        registers, stack, compiled.metadata.shared, len(compiled.asm["cubin"]), time.perf_counter() - start
+    )
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:
@@ -120,11 +86,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Prints registers and shared memory of all variants; 1 if one does not compile, spills or does not fit."""
     capabilities = args.capability or sorted(SHARED_LIMIT)
-    print(f"{'kernel':<24}" + "".join(f"{'sm_' + str(c):>16}" for c in capabilities) + "   registers, KiB shared")
+    print(f"{'kernel':<36}" + "".join(f"{'sm_' + str(c):>16}" for c in capabilities) + "   registers, KiB shared")
     rows, problems = [], []
     for item in shipped():
         cells = []
         for capability in capabilities:
+            if item.capabilities and capability not in item.capabilities:
+                cells.append("")
+                continue
             row: dict[str, Any] = {"op": item.op, "variant": item.variant, "capability": capability}
             try:
                 used = compile_for(item, capability)
@@ -136,7 +105,7 @@ def main(args: argparse.Namespace) -> int:
             if row["problem"]:
                 problems.append(f"{item.op} {item.variant} on sm_{capability}: {row['problem']}")
             rows.append(row)
-        print(f"{item.op + ' ' + item.variant:<24}" + "".join(f"{cell:>16}" for cell in cells), flush=True)
+        print(f"{item.op + ' ' + item.variant:<36}" + "".join(f"{cell:>16}" for cell in cells), flush=True)
     for problem in problems:
         print(problem)
     if args.json:

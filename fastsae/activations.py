@@ -68,7 +68,9 @@ class ReLU:
 
     @staticmethod
     def encode(sae: SAE, rows: Tensor) -> SparseCode | None:
-        return ops.encode_relu(rows, sae.encoder.weight, sae.encoder.bias, sae.cfg.max_active, sae.centre)
+        return ops.encode_relu(
+            rows, sae.encoder.weight, sae.encoder.bias, sae.cfg.max_active, sae.centre, sae.cfg.backend
+        )
 
     @staticmethod
     def encode_dense(sae: SAE, rows: Tensor) -> Tensor:
@@ -104,11 +106,13 @@ class TopK:
 
     @staticmethod
     def encode(sae: SAE, rows: Tensor) -> SparseCode:
-        return ops.encode_topk(rows, sae.encoder.weight, sae.encoder.bias, sae.cfg.k, sae.centre)
+        return ops.encode_topk(
+            rows, sae.encoder.weight, sae.encoder.bias, sae.cfg.k, sae.centre, backend=sae.cfg.backend
+        )
 
     @staticmethod
     def encode_dense(sae: SAE, rows: Tensor) -> Tensor:
-        return TopK.encode(sae, rows).to_dense()
+        return TopK.encode(sae, rows).to_dense().to(rows.dtype)
 
     @staticmethod
     def reconstruct(sae: SAE, rows: Tensor) -> Tensor:

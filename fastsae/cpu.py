@@ -224,6 +224,51 @@ def encode_relu(
     return values.view_as(indices), indices, counts
 
 
+# --- BatchTopK --------------------------------------------------------------------------------------------------------
+
+
+def encode_batchtopk(
+    x: Tensor, weight: Tensor, bias: Tensor, k: int, centre: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The N · k largest positive entries of (x − centre) · weightᵀ + bias: values, indices [N, K], counts [N].
+
+    Of equal ones those of earlier rows, then of lower features; features ascend within a row. K is the most of a row.
+    """
+    N, total = x.shape[0], x.shape[0] * k
+    rows, columns = by_columns(N, weight.shape[0])
+    kept = Entries(*(torch.zeros(0, dtype=dtype, device=x.device) for dtype in (torch.int64, torch.int64, x.dtype)))
+    threshold = x.new_zeros(())
+    pending, n_pending = [kept], 0
+    for first in range(0, N, rows):
+        block = x[first : first + rows] if centre is None else x[first : first + rows] - centre
+        for chunk in chunks(block, weight, bias, columns):
+            grouped = _grouped(chunk)
+            entries = _above(grouped, grouped.amax(1), threshold.expand(block.shape[0], 1), chunk.start)
+            pending.append(entries._replace(row=entries.row + first))
+            n_pending += entries.row.numel()
+            if n_pending > 2 * total:
+                kept = _largest(pending, total)
+                # Below, not equal: an entry of a lower feature may yet come, and go before one that equals it.
+                threshold = torch.nextafter(kept.value[-1], kept.value.new_zeros(()))
+                pending, n_pending = [kept], 0
+    kept = _largest(pending, total)
+    order = (kept.row * weight.shape[0] + kept.feature).argsort()
+    row, feature, value = (column[order] for column in kept)
+    indices, counts, slots = pack_rows(row, feature, N)
+    values = x.new_zeros(indices.numel())
+    values[slots] = value
+    return values.view_as(indices), indices, counts
+
+
+def _largest(parts: list[Entries], total: int) -> Entries:
+    """The `total` largest of all entries, descending; of equal ones those of earlier rows, then of lower features."""
+    row, feature, value = (torch.cat(column) for column in zip(*parts, strict=True))
+    order = feature.argsort(stable=True)
+    order = order[row[order].argsort(stable=True)]
+    order = order[value[order].argsort(stable=True, descending=True)][:total]
+    return Entries(row[order], feature[order], value[order])
+
+
 # --- what a code does with matrices -----------------------------------------------------------------------------------
 
 
@@ -243,9 +288,9 @@ def by_token(indices: Tensor, counts: Tensor | None) -> ByToken:
     """The used slots of indices [N, K]."""
     N, K = indices.shape
     if counts is None:
-        return ByToken(indices.reshape(-1), torch.arange(N + 1, device=indices.device) * K, None)
+        return ByToken(indices.reshape(-1).long(), torch.arange(N + 1, device=indices.device) * K, None)
     slot = (torch.arange(K, device=indices.device) < counts[:, None]).reshape(-1).nonzero().squeeze(1)
-    return ByToken(indices.reshape(-1)[slot], nnf.pad(counts.cumsum(0), (1, 0)), slot)
+    return ByToken(indices.reshape(-1)[slot].long(), nnf.pad(counts.cumsum(0), (1, 0)), slot)
 
 
 class ByFeature(NamedTuple):

@@ -8,9 +8,9 @@ Axes: N tokens, K active latents per token, F dictionary size, D width.
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +18,8 @@ from torch.autograd.function import once_differentiable
 
 from fastsae import cpu
 from fastsae.codes import SparseCode
-from fastsae.errors import FastSAEError
-
-Backend = Literal["auto", "triton", "torch"]
+from fastsae.dispatch import Backend, check_encode, check_k, use_triton
+from fastsae.errors import DataError
 
 
 def pre_activations(x: Tensor, weight: Tensor, bias: Tensor, centre: Tensor | None = None) -> Tensor:
@@ -29,35 +28,100 @@ def pre_activations(x: Tensor, weight: Tensor, bias: Tensor, centre: Tensor | No
 
 
 def encode_topk(
-    x: Tensor, weight: Tensor, bias: Tensor, k: int, centre: Tensor | None = None, subset: Tensor | None = None
-) -> SparseCode:
+    x: Tensor, weight: Tensor, bias: Tensor, k: int, centre: Tensor | None = None, subset: Tensor | None = None,
+    backend: Backend = "auto", check_finite: bool = False,
+) -> SparseCode:  # fmt: skip
     """ReLU of the k largest entries of (x − centre) · weightᵀ + bias; of equal ones the lower features: k slots.
 
-    x: [N, D], weight: [F, D], bias: [F], centre: [D]; all of one dtype. subset: [S ≥ k] ascending features to choose
-    among, all F without it. `values` carries the gradient of x, weight, bias and centre.
+    x: [N, D], weight: [F, D], bias: [F], centre: [D]; all of one dtype and on one device; 1 ≤ k ≤ F. `values` carries
+    the gradient of x, weight, bias and centre. subset: [S ≥ k] ascending features to choose among, all F without it;
+    the choice among a subset is made in torch. check_finite: whether to look for NaN and infinity in x, which costs a
+    pass and waits for the device; without it a row with NaN has an empty code.
+
+    Raises DataError (a ValueError) for shapes, dtypes, devices and k that do not fit, and where backend="triton" and
+    there are no kernels for these tensors.
     """
+    check_encode(x, weight, bias, centre, check_finite)
+    check_k(k, weight.shape[0] if subset is None else subset.numel())
     with torch.no_grad():
-        if subset is None:
-            values, indices = cpu.encode_topk(x, weight, bias, k, centre)
+        if subset is None and use_triton(backend, weight, product=True, k=k):
+            from fastsae import gpu
+
+            values, indices, counts, _ = gpu.encode_topk(x, weight, bias, k, centre)
         else:
-            values, indices = cpu.encode_topk(x, weight[subset], bias[subset], k, centre)
-            indices = torch.where(values > 0, subset[indices], 0)
-        # Values descend, so a row is full if its last slot is in use.
-        counts = None if bool((values[:, -1] > 0).all()) else (values > 0).sum(-1)
+            among = (weight, bias) if subset is None else (weight[subset], bias[subset])
+            values, indices = cpu.encode_topk(x, *among, k, centre)
+            if subset is not None:
+                indices = torch.where(values > 0, subset[indices], 0)
+            # Values descend, so a row is full if its last slot is in use.
+            counts = None if bool((values[:, -1] > 0).all()) else (values > 0).sum(-1)
     return _with_gradient(values, indices, counts, x, weight, bias, centre)
 
 
 def encode_relu(
-    x: Tensor, weight: Tensor, bias: Tensor, max_l0: int, centre: Tensor | None = None
-) -> SparseCode | None:
+    x: Tensor, weight: Tensor, bias: Tensor, max_l0: int, centre: Tensor | None = None,
+    backend: Backend = "auto", check_finite: bool = False,
+) -> SparseCode | None:  # fmt: skip
     """The positive entries of (x − centre) · weightᵀ + bias; None where a row has more than max_l0 of them.
 
-    Shapes and gradients as for `encode_topk`; features ascend within a row.
+    Arguments, gradients and errors as for `encode_topk`; no order within a row.
     """
+    check_encode(x, weight, bias, centre, check_finite)
     with torch.no_grad():
-        found = cpu.encode_relu(x, weight, bias, max_l0, centre)
-    if found is None:
-        return None
+        found = _above(x, weight, bias, max_l0, centre, backend)
+    return None if found is None else _with_gradient(*found, x, weight, bias, centre)
+
+
+def encode_jumprelu(
+    x: Tensor, weight: Tensor, bias: Tensor, threshold: Tensor, max_l0: int, centre: Tensor | None = None,
+    bandwidth: float = 0.0, backend: Backend = "auto", check_finite: bool = False,
+) -> SparseCode | None:  # fmt: skip
+    """Entries of pre = (x − centre) · weightᵀ + bias above their feature's threshold [F] ≥ 0, which keep their value.
+
+    "Jumping Ahead: Improving Reconstruction Fidelity with JumpReLU Sparse Autoencoders" (2024), eq. 3. Entries within
+    bandwidth / 2 below or above the threshold are those that the threshold's gradient comes from (eq. 11); those
+    below are in the code too, with value 0. None where a row has more than max_l0 entries.
+
+    Other arguments, gradients and errors as for `encode_topk`; the threshold has no gradient here.
+    """
+    check_encode(x, weight, bias, centre, check_finite)
+    if threshold.shape != bias.shape or threshold.device != bias.device:
+        raise DataError(
+            f"threshold must be [{bias.numel()}] on {bias.device}, one for each feature, "
+            f"got {tuple(threshold.shape)} on {threshold.device}"
+        )
+    if bandwidth < 0:
+        raise DataError(f"bandwidth must be 0 or more, got {bandwidth}")
+    with torch.no_grad():
+        below = threshold - bandwidth / 2
+        found = _above(x, weight, bias - below, max_l0, centre, backend)
+        if found is None:
+            return None
+        margins, indices, counts = found
+        active = margins > bandwidth / 2
+        values = torch.where(active, margins + below[indices.long()].to(margins.dtype), 0)
+    code = _with_gradient(values, indices, counts, x, weight, bias, centre)
+    return code if bandwidth == 0 else replace(code, values=torch.where(active, code.values, 0))
+
+
+def encode_batchtopk(
+    x: Tensor, weight: Tensor, bias: Tensor, k: int, centre: Tensor | None = None,
+    backend: Backend = "auto", check_finite: bool = False,
+) -> SparseCode:  # fmt: skip
+    """ReLU of the N · k largest entries of (x − centre) · weightᵀ + bias, however many a row has of them.
+
+    "BatchTopK Sparse Autoencoders" (2024), eq. 3. Of equal entries those of earlier rows, then of lower features.
+    Arguments, gradients and errors as for `encode_topk`.
+    """
+    check_encode(x, weight, bias, centre, check_finite)
+    check_k(k, weight.shape[0])
+    with torch.no_grad():
+        if use_triton(backend, weight, product=True):
+            from fastsae import gpu
+
+            found = gpu.encode_batchtopk(x, weight, bias, k, centre)
+        else:
+            found = cpu.encode_batchtopk(x, weight, bias, k, centre)
     return _with_gradient(*found, x, weight, bias, centre)
 
 
@@ -65,7 +129,8 @@ def decode(code: SparseCode, w_dec: Tensor, backend: Backend = "auto") -> Tensor
     """out[n] = Σ_k values[n, k] · w_dec[indices[n, k]], summed in fp32 (float64 in float64): [N, D] in w_dec's dtype.
 
     w_dec: [F, D]. Reads N·K·D + 2·N·K elements and writes N·D; backward the same again, and the [F, D] gradient.
-    Raises FastSAEError if backend is "triton" and the tensors are not on a CUDA device, or Triton is missing.
+    Raises DataError if backend is "triton" and there are no kernels for these tensors. The range of indices is not
+    checked here, which would wait for the device; `SAE.decode` does.
     """
     return _decode(code, w_dec, backend, False)[0]
 
@@ -127,7 +192,7 @@ def _decode(code: SparseCode, w_dec: Tensor, backend: Backend, weighted: bool) -
     order = getattr(code.values.grad_fn, "order", None)  # of _PreActivationsAt, if the values come straight from it
     if not isinstance(order, _Order) or order.indices is not code.indices or order.counts is not code.counts:
         order = _Order(code.indices, code.counts, code.d_sae)
-    return _Decode.apply(code.values, w_dec, order, _use_triton(backend, w_dec), weighted)
+    return _Decode.apply(code.values, w_dec, order, use_triton(backend, w_dec), weighted)
 
 
 def _sum_at(where: Tensor, what: Tensor, size: int, like: Tensor) -> Tensor:
@@ -285,12 +350,11 @@ class _ReLUDense(torch.autograd.Function):
         return None if d_x is None else d_x.to(x.dtype), d_weight, d_bias, d_w, d_centre, None
 
 
-def _use_triton(backend: Backend, w: Tensor) -> bool:
-    """Whether the kernels run: where they can, for auto; for triton it is an error where they cannot."""
-    able = w.device.type == "cuda" and w.dtype != torch.float64 and importlib.util.find_spec("triton") is not None
-    if backend == "triton" and not able:
-        raise FastSAEError(
-            f"backend='triton' needs Triton, a CUDA device and float32, bfloat16 or float16, got {w.dtype} on "
-            f"{w.device}; use backend='auto' or 'torch'"
-        )
-    return able and backend != "torch"
+def _above(
+    x: Tensor, weight: Tensor, bias: Tensor, most: int, centre: Tensor | None, backend: Backend
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    if use_triton(backend, weight, product=True):
+        from fastsae import gpu
+
+        return gpu.encode_above(x, weight, bias, most, centre)
+    return cpu.encode_relu(x, weight, bias, most, centre)

@@ -36,6 +36,27 @@ def encode_relu(x: Tensor, weight: Tensor, bias: Tensor, centre: Tensor | None =
     return pre_activations(x, weight, bias, centre).relu()
 
 
+def encode_jumprelu(
+    x: Tensor, weight: Tensor, bias: Tensor, threshold: Tensor, centre: Tensor | None = None
+) -> Tensor:
+    """pre where it is above threshold [F] ≥ 0, zero elsewhere: dense [N, F]."""
+    pre = pre_activations(x, weight, bias, centre)
+    return torch.where(pre > threshold, pre, torch.zeros_like(pre))
+
+
+def batchtopk_mask(pre: Tensor, k: int) -> Tensor:
+    """[N, F] bool: the N · k largest entries that are positive; of equal ones those of earlier rows, lower features."""
+    flat = pre.reshape(-1)
+    order = flat.argsort(descending=True, stable=True)[: pre.shape[0] * k]
+    return torch.zeros_like(flat, dtype=torch.bool).scatter_(0, order, True).view_as(pre) & (pre > 0)
+
+
+def encode_batchtopk(x: Tensor, weight: Tensor, bias: Tensor, k: int, centre: Tensor | None = None) -> Tensor:
+    """ReLU of the N · k largest pre-activations of the batch, zero elsewhere: dense [N, F]."""
+    pre = pre_activations(x, weight, bias, centre)
+    return torch.where(batchtopk_mask(pre.detach(), k), pre, torch.zeros_like(pre))
+
+
 def decode(code: SparseCode | Tensor, w_dec: Tensor) -> Tensor:
     """out = f · w_dec: [N, D], from f [N, F] (or its SparseCode) and w_dec [F, D]."""
     dense = code.to_dense().reshape(-1, code.d_sae) if isinstance(code, SparseCode) else code

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastsae import activations, checkpoint, ops
 from fastsae.codes import SparseCode
 from fastsae.config import SAEConfig
+from fastsae.dispatch import check_indices
 from fastsae.errors import ConfigError, DataError, TooDenseError
 
 
@@ -218,6 +219,7 @@ class SAE(nn.Module):
         if F != self.cfg.d_sae:
             raise DataError(f"expected latents [..., {self.cfg.d_sae}], got a last axis of {F}")
         if isinstance(f, SparseCode):
+            check_indices(f)
             rows = ops.decode(f, self.W_dec, backend=self.cfg.backend)
         else:
             rows = f.reshape(-1, F).to(self.dtype) @ self.W_dec

@@ -51,5 +51,5 @@ def test_full_rows_need_few_registers(matrix):
     [(0, 99 << 10, 86, None), (0, (99 << 10) + 16, 86, "101376"), (0, 227 << 10, 90, None), (8, 0, 90, "spills")],
 )
 def test_what_counts_as_a_problem(stack, shared, capability, problem):
-    found = bench_compile.Resources(32, stack, shared, 1.0).problem(capability)
+    found = bench_compile.Resources(32, stack, shared, 1000, 1.0).problem(capability)
     assert found is None if problem is None else problem in str(found)

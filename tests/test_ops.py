@@ -8,7 +8,6 @@ from torch import Tensor
 
 from fastsae import cpu, ops, reference
 from fastsae.codes import SparseCode
-from fastsae.errors import FastSAEError
 
 SIZES = [(1, 3, 5, 1), (7, 16, 63, 4), (33, 20, 507, 9), (65, 24, 1024, 32)]  # N, D, F, K
 
@@ -239,12 +238,6 @@ def test_chunks_of_rows_and_of_columns_make_the_same_code(monkeypatch, least_row
     code = ops.encode_relu(p["x"], p["weight"], p["bias"], 100)
     assert code is not None
     torch.testing.assert_close(code.to_dense(), reference.encode_relu(p["x"], p["weight"], p["bias"]))
-
-
-def test_triton_without_a_gpu_is_one_clear_error():
-    code = SparseCode(torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int64), 3)
-    with pytest.raises(FastSAEError, match="backend='triton' needs"):
-        ops.decode(code, torch.eye(3), backend="triton")
 
 
 @pytest.mark.parametrize("shape", [cpu.by_rows, cpu.by_columns])

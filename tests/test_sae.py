@@ -337,8 +337,3 @@ def test_a_code_too_dense_says_so_where_a_sparse_one_is_asked_for() -> None:
         sae.encode_sparse(x)
     assert sae.loss(x).code is None and sae(x).shape == x.shape
     assert issubclass(TooDenseError, FastSAEError) and fastsae.FastSAEError is FastSAEError
-
-
-def test_triton_is_refused_on_the_cpu() -> None:
-    with pytest.raises(FastSAEError, match="backend='triton' needs"):
-        make(backend="triton", dtype="float32")(data(2, D, dtype=torch.float32))

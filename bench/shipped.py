@@ -1,0 +1,167 @@
+"""Every kernel in every variant that a launcher can ask for, where variants differ in code and not only in sizes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+# Triton's names of the dtypes of inputs, and how their products are made.
+INPUTS = {"bf16": ("half", "tf32"), "fp16": ("half", "tf32"), "tf32": ("tf32", "tf32"), "ieee": ("ieee", "ieee")}
+WIDTH = 4096
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """A kernel with one set of argument types and constants that a launcher can give it."""
+
+    op: str
+    variant: str
+    kernel: Any  # triton.JITFunction
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    aligned: tuple[str, ...]  # pointers and sizes that are multiples of 16 in this variant
+    num_warps: int
+    num_stages: int = 3
+    capabilities: tuple[int, ...] = ()  # where it is used; empty: everywhere
+
+
+def shipped() -> Iterator[Shipped]:
+    yield from _decode()
+    yield from _encode()
+    yield from _select()
+    yield from _repair_and_exact()
+
+
+def _types(pointers: dict[str, str], sizes: str, strides: str) -> dict[str, str]:
+    return pointers | dict.fromkeys(sizes.split(), "i32") | dict.fromkeys(strides.split(), "i64")
+
+
+def _decode() -> Iterator[Shipped]:
+    from fastsae.kernels import decode
+
+    strides = ("stride_in", "stride_vn", "stride_wf", "stride_on")
+    for dtype, has_counts, whole in itertools.product(("fp32", "bf16", "fp16"), (False, True), (False, True)):
+        pointers = {"indices_ptr": "*i32", "values_ptr": "*fp32", "counts_ptr": "*i32",
+                    "w_ptr": f"*{dtype}", "out_ptr": f"*{dtype}"}
+        yield Shipped(
+            op="decode",
+            variant=f"{dtype}{' counts' if has_counts else ''}{'' if whole else ' odd D'}",
+            kernel=decode.decode_kernel,
+            signature=_types(pointers, "K D", " ".join(strides)),
+            # Triton makes a constant of a stride of 1.
+            constexprs={"stride_ik": 1, "stride_vk": 1,
+                        "HAS_COUNTS": has_counts, "BLOCK_D": decode.BLOCK_D, "UNROLL": decode.UNROLL},
+            aligned=(*pointers, *(("D", "stride_wf", "stride_on") if whole else ())),
+            num_warps=decode.NUM_WARPS,
+        )
+
+
+def _operands(name: str) -> dict[str, str]:
+    dtype = "fp32" if name in ("tf32", "ieee") else name
+    return {"x_ptr": f"*{dtype}", "w_ptr": f"*{dtype}", "bias_ptr": "*fp32"}
+
+
+def _encode() -> Iterator[Shipped]:
+    from fastsae.kernels import encode
+
+    kept = {"best_ptr": "*fp32", "place_ptr": "*u8"}
+    same = {80: (80,), 86: (86, 89), 90: (90,), 100: (100,), 120: (120,)}
+    for generation, tiles in encode.TILES.items():
+        for name, (kind, precision) in INPUTS.items():
+            for r in (2, 3, 4):
+                tile = tiles[kind]
+                pointers = _operands(name) | kept
+                yield Shipped(
+                    op="encode",
+                    variant=f"fused {name} r {r}",
+                    kernel=encode.encode_kernel,
+                    signature=_types(pointers, "N F G", "stride_xn stride_wf stride_br stride_bn"),
+                    constexprs={"D": WIDTH, "R": r, "PRECISION": precision,
+                                "BLOCK_N": tile.BLOCK_N, "BLOCK_F": tile.BLOCK_F, "BLOCK_D": tile.BLOCK_D,
+                                "TOGETHER": encode.TILES_N_TOGETHER},
+                    aligned=(*pointers, "stride_xn", "stride_wf"),
+                    num_warps=tile.num_warps,
+                    num_stages=tile.num_stages,
+                    capabilities=same[generation],
+                )
+    for r in (2, 3, 4):
+        pointers = {"z_ptr": "*fp32", **kept}
+        yield Shipped(
+            op="encode",
+            variant=f"chunked r {r}",
+            kernel=encode.group_kernel,
+            signature=_types(pointers, "N C SPAN", "stride_zn stride_br stride_bn"),
+            constexprs={"R": r, "BLOCK_N": encode.GROUP_BLOCK_N,
+                        "GROUPS": encode.GROUP_BLOCK_GROUPS},
+            aligned=("z_ptr",),
+            num_warps=encode.GROUP_WARPS,
+        )
+
+
+def _select() -> Iterator[Shipped]:
+    from fastsae.kernels import select
+
+    for sets in (32, 1024, select.MOST_SETS):
+        yield Shipped(
+            "select", f"bound {sets} sets", select.bound_kernel,
+            _types({"best_ptr": "*fp32", "bound_ptr": "*fp32"}, "G K", "stride_bn"),
+            {"SETS": sets, "BITS": select.BOUND_BITS}, ("best_ptr", "bound_ptr"), select.bound_warps(sets),
+        )
+    yield Shipped(
+        "select", "histogram", select.histogram_kernel,
+        _types({"best_ptr": "*fp32", "histogram_ptr": "*i32"}, "", "M"),
+        {"BITS": select.HISTOGRAM_BITS, "BLOCK": select.HISTOGRAM_BLOCK, "BLOCKS": select.HISTOGRAM_BLOCKS},
+        ("best_ptr", "histogram_ptr"), select.HISTOGRAM_WARPS,
+    )
+    for r in (2, 3, 4):
+        pointers = {"best_ptr": "*fp32", "place_ptr": "*u8", "bound_ptr": "*fp32", "values_ptr": "*fp32",
+                    "indices_ptr": "*i32", "counts_ptr": "*i32", "failed_ptr": "*i32", "n_failed_ptr": "*i32"}
+        yield Shipped(
+            "select", f"collect r {r}", select.collect_kernel,
+            _types(pointers, "G SPAN C", "stride_br stride_bn"),
+            {"R": r, "MOST_FAILED": 32, "BLOCK": select.COLLECT_BLOCK}, tuple(pointers), select.COLLECT_WARPS,
+        )
+    for slots, fired in itertools.product((128, 512, 2048), (False, True)):
+        pointers = {"found_ptr": "*fp32", "features_ptr": "*i32", "n_found_ptr": "*i32", "n_failed_ptr": "*i32",
+                    "values_ptr": "*fp32", "indices_ptr": "*i32", "counts_ptr": "*i32",
+                    "fired_ptr": "*i32"}
+        yield Shipped(
+            "select", f"finish {slots} slots{' fired' if fired else ''}", select.finish_kernel,
+            _types(pointers, "K MOST_FAILED", ""),
+            {"HAS_FIRED": fired, "C": slots}, tuple(pointers), select.finish_warps(slots),
+        )
+
+
+def _repair_and_exact() -> Iterator[Shipped]:
+    from fastsae.kernels import exact, repair
+
+    for name, (_, precision) in INPUTS.items():
+        pointers = _operands(name) | {"bound_ptr": "*fp32", "failed_ptr": "*i32", "n_failed_ptr": "*i32",
+                                      "values_ptr": "*fp32", "indices_ptr": "*i32", "counts_ptr": "*i32"}  # fmt: skip
+        for odd in (False, True):
+            yield Shipped(
+                "repair", f"{name}{' odd D' if odd else ''}", repair.repair_kernel,
+                _types(pointers, "F SPAN C", "stride_xn stride_wf"),
+                {"D": 507 if odd else WIDTH, "PRECISION": precision, "MOST_FAILED": 32, "BLOCK_D": repair.BLOCK_D},
+                tuple(pointers) + (() if odd else ("stride_xn", "stride_wf")),
+                repair.NUM_WARPS, repair.NUM_STAGES,
+            )
+    for name in ("bf16", "fp16", "ieee"):  # of float32 there is one kernel: it has no product for tensor cores
+        pointers = _operands(name) | {"n_found_ptr": "*i32", "n_failed_ptr": "*i32", "partial_ptr": "*i64"}
+        for block in (64, 128, 256, 512):
+            yield Shipped(
+                "exact", f"{name.replace('ieee', 'fp32')} {block} slots", exact.exact_kernel,
+                _types(pointers, "F C MOST_FAILED PER_SPLIT", "stride_xn stride_wf"),
+                {"D": WIDTH, "B": block, "BLOCK_D": exact.shape(block, name != "ieee")[0]},
+                (*pointers, "stride_xn", "stride_wf"), exact.shape(block, name != "ieee")[1], exact.NUM_STAGES,
+            )
+    for block in (64, 128, 256, 512):
+        pointers = {"partial_ptr": "*i64", "n_found_ptr": "*i32", "n_failed_ptr": "*i32", "values_ptr": "*fp32",
+                    "indices_ptr": "*i32", "counts_ptr": "*i32", "fired_ptr": "*i32"}
+        yield Shipped(
+            "exact", f"merge {block} slots", exact.exact_merge_kernel,
+            _types(pointers, "C MOST_FAILED K SPLITS", ""),
+            {"HAS_FIRED": True, "B": block}, tuple(pointers), exact.shape(block, False)[1],
+        )

@@ -1,0 +1,188 @@
+"""The fast path in Triton kernels: the encoder of `cpu`, for CUDA tensors, and for CPU tensors in Triton's interpreter.
+
+Each rule runs the same kernels: `encode` leaves the best of every group of 32 features, `select` keeps what reaches a
+row's bound and lists the groups that may hide more, `repair` computes those. Nothing here is [N, F], nothing has a
+gradient; `fastsae.ops` puts forward and backward together.
+
+Axes: N tokens, K active latents per token, F dictionary size, D width, G = ⌈F / 32⌉ groups, C slots of a row.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastsae.errors import DataError
+from fastsae.kernels import encode, exact, repair, select
+
+Encoder = Literal["auto", "fused", "chunked"]
+
+# A row's k largest are sorted in one program; the sort of more would not fit its registers.
+MOST_K = exact.MOST_K
+# Failed groups of a row that are repaired. A row of more takes `exact` (TopK) or a longer list (the other rules).
+MOST_FAILED = 32
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Effort(NamedTuple):
+    """What the exactness of a TopK code cost: failed [N], groups of each row that failed their certificate; and
+    open [N] bool, rows that were computed from all features. For measurements."""
+
+    failed: Tensor
+    open: Tensor
+
+
+class TopK(NamedTuple):
+    """values [N, k] fp32 descending, indices [N, k] int32, counts [N] int32: the slots in use; the others hold 0."""
+
+    values: Tensor
+    indices: Tensor
+    counts: Tensor
+    effort: Effort
+
+
+class Above(NamedTuple):
+    """values [N, C] fp32, indices [N, C] int32 in no order, counts [N] int32 ≤ C; unused slots hold 0."""
+
+    values: Tensor
+    indices: Tensor
+    counts: Tensor
+
+
+def interpreted() -> bool:
+    """Whether Triton was imported with TRITON_INTERPRET=1, so that kernels take CPU tensors."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    return isinstance(encode.encode_kernel, InterpretedFunction)
+
+
+def kept_per_group(k: int, d_sae: int) -> int:
+    """r: how many entries of each group the encoder keeps, so that few groups fail their certificate.
+
+    k entries fall into G groups; that r or more meet in one is rare where G is much more than k. At N tokens a further
+    one costs 5 N G bytes written and read, a failed group 32 D elements of the weights.
+    """
+    groups = -(-d_sae // encode.GROUP)
+    return 2 if groups >= 256 * k else 3 if groups >= 32 * k else 4
+
+
+def encode_topk(
+    x: Tensor, weight: Tensor, bias: Tensor, k: int, centre: Tensor | None = None,
+    *, encoder: Encoder = "auto", fired: Tensor | None = None,
+) -> TopK:
+    """The k largest positive entries of each row of (x − centre) · weightᵀ + bias; of equal ones the lower features.
+
+    x: [N, D], weight: [F, D], bias: [F], centre: [D], of one dtype; 1 ≤ k ≤ min(F, MOST_K). fired: [F] int32, to which
+    the number of rows in which each latent was chosen is added. Does not wait for the device.
+    """
+    x, bias = _operands(x, bias, centre)
+    if x.shape[0] == 0:
+        empty = x.new_zeros(0, dtype=torch.int32)
+        return TopK(x.new_zeros(0, k, dtype=torch.float32), empty.new_zeros(0, k), empty, Effort(empty, empty.bool()))
+    groups = _groups(x, weight, bias, kept_per_group(k, weight.shape[0]), encoder)
+    bound = select.row_bound(groups, k)
+    slots = 1 << max(2 * k + 63, 127).bit_length()  # room for the entries between the bound and the k-th, and ties
+    found = select.collect(groups, bound, slots, MOST_FAILED)
+    repair.repair(x, weight, bias, groups, bound, found)
+    values, indices, counts = select.finish(found, k, fired)
+    exact.exact_topk(x, weight, bias, found, values, indices, counts, fired)
+    is_open = (found.counts > slots) | (found.n_failed > MOST_FAILED)
+    return TopK(values, indices, counts, Effort(found.n_failed, is_open))
+
+
+def encode_above(
+    x: Tensor, weight: Tensor, bias: Tensor, most: int, centre: Tensor | None = None, *, encoder: Encoder = "auto"
+) -> Above | None:
+    """All positive entries of (x − centre) · weightᵀ + bias; None where a row has more than `most` of them.
+
+    For ReLU; for JumpReLU with −θ + bandwidth / 2 in the bias, when values are margins. Waits for the device, to learn
+    how many slots there must be.
+    """
+    x, bias = _operands(x, bias, centre)
+    groups = _groups(x, weight, bias, 4, encoder)
+    bound = torch.zeros(x.shape[0], dtype=torch.float32, device=x.device)
+    return _all_above(x, weight, bias, groups, bound, min(most, 64), most)
+
+
+def encode_batchtopk(
+    x: Tensor, weight: Tensor, bias: Tensor, k: int, centre: Tensor | None = None, *, encoder: Encoder = "auto"
+) -> Above:
+    """The N · k largest positive entries of (x − centre) · weightᵀ + bias, however many a row has of them.
+
+    Of equal ones those of the first row, then of the lower feature. Entries of a row descend. Waits for the device, to
+    learn how many slots there must be.
+    """
+    x, bias = _operands(x, bias, centre)
+    N, F = x.shape[0], weight.shape[0]
+    if N == 0:
+        empty = x.new_zeros(0, dtype=torch.int32)
+        return Above(x.new_zeros(0, 0, dtype=torch.float32), empty.new_zeros(0, 0), empty)
+    total = N * k
+    groups = _groups(x, weight, bias, kept_per_group(k, F), encoder)
+    above = _all_above(x, weight, bias, groups, select.batch_bound(groups, total), 4 * k, F)
+    assert above is not None
+    values, indices, _ = above
+    keys = (values.view(torch.int32).long() << 32) | (0x7FFFFFFF - indices.long())
+    keys = keys.masked_fill(values <= 0, 0).sort(dim=1, descending=True).values
+    values = (keys >> 32).int().view(torch.float32)
+    indices = (0x7FFFFFFF - (keys & 0x7FFFFFFF)).int()
+    flat = values.reshape(-1)
+    last = flat.sort(descending=True).values[total - 1] if total <= flat.numel() else flat.new_zeros(())
+    larger, ties = (values > last).sum(1), ((values == last) & (values > 0)).sum(1)
+    quota = total - larger.sum() - (ties.cumsum(0) - ties)  # what is left for the ties of a row and of those after it
+    counts = larger + torch.minimum(quota.clamp_min(0), ties)
+    slots = int(counts.max())
+    used = torch.arange(slots, device=x.device) < counts[:, None]
+    return Above(values[:, :slots] * used, indices[:, :slots] * used, counts.int())
+
+
+def _operands(x: Tensor, bias: Tensor, centre: Tensor | None) -> tuple[Tensor, Tensor]:
+    x = x if centre is None else x - centre
+    return x if x.stride(-1) == 1 or x.shape[1] == 1 else x.contiguous(), bias.float()
+
+
+def _groups(x: Tensor, weight: Tensor, bias: Tensor, r: int, encoder: Encoder) -> encode.Groups:
+    fits = encode.fits_fused(x, weight)
+    if encoder == "fused" and not fits:
+        raise DataError(
+            f"encoder='fused' needs rows that start at multiples of 16 bytes, got a width of {x.shape[1]} in {x.dtype} "
+            f"and strides {x.stride(0)} and {weight.stride(0)}; use encoder='auto' or 'chunked'"
+        )
+    # Without tensor cores (float32 at "highest" precision) cuBLAS is the better product by far.
+    fused = fits and (x.device.type != "cuda" or encode.product_kind(x.dtype) != "ieee")
+    if encoder == "fused" or (encoder == "auto" and fused):
+        return encode.encode_fused(x, weight, bias, r)
+    return encode.encode_chunked(x, weight, bias, r)
+
+
+def _all_above(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: encode.Groups, bound: Tensor, slots: int, most: int
+) -> Above | None:
+    """The entries ≥ bound and > 0 in as many slots as the fullest row needs; None where one needs more than `most`."""
+    r, listed = groups.best.shape[0], MOST_FAILED
+    if x.shape[0] == 0:
+        return Above(*select.collect(groups, bound, 1, 1)[:3])
+    while True:
+        found = select.collect(groups, bound, slots, listed)
+        # Two numbers are waited for before the repair, so that a dense code, of which nearly all groups fail, is not
+        # computed group by group: a failed group has r entries at least.
+        least = int((found.counts + r * found.n_failed).max())
+        if least > most:
+            return None
+        most_failed = int(found.n_failed.max())
+        if least > slots or most_failed > listed:
+            slots, listed = max(slots, _grown(least, most)), max(listed, most_failed)
+            continue
+        repair.repair(x, weight, bias, groups, bound, found)
+        needed = int(found.counts.max())
+        if needed > most:
+            return None
+        if needed <= slots:
+            return Above(found.values, found.indices, found.counts)
+        slots = _grown(needed, most)
+
+
+def _grown(needed: int, most: int) -> int:
+    return min(max(needed * 3 // 2, 8), max(most, needed))

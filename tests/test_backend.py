@@ -1,0 +1,163 @@
+"""Which backend runs: kernels where they are asked for and can run, never torch in their stead without saying so."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+import fastsae  # noqa: E402
+from fastsae import cpu, gpu, ops  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+OPTIONS = [{"activation": "topk", "k": 4}, {"activation": "relu", "l1_coefficient": 1.0}]
+
+
+@pytest.fixture
+def launches(monkeypatch) -> list[str]:
+    """The names of the kernels that were launched."""
+    names: list[str] = []
+    from fastsae.kernels import decode, encode, exact, repair, select
+
+    for module in (decode, encode, exact, repair, select):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            kernel = getattr(module, name)
+
+            class Counted:
+                def __init__(self, kernel, name):
+                    self.kernel, self.name = kernel, name
+
+                def __getitem__(self, grid):
+                    names.append(self.name)
+                    return self.kernel[grid]
+
+            monkeypatch.setattr(module, name, Counted(kernel, name))
+    monkeypatch.setattr(gpu, "interpreted", lambda: DEVICE == "cpu")
+    return names
+
+
+def make(options: dict, backend: str, **more) -> tuple[fastsae.SAE, torch.Tensor]:
+    sae = fastsae.SAE(d_in=8, d_sae=64, **options, backend=backend, device=DEVICE, **more)
+    sae.b_enc.data -= 0.5
+    return sae, torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_triton_launches_kernels_and_agrees_with_torch(options, launches, monkeypatch):
+    (sae, x), (plain, _) = make(options, "triton"), make(options, "torch")
+    plain_out = plain.loss(x)
+    plain_out.loss.backward()
+    assert launches == []
+    with monkeypatch.context() as patch:
+        for name in ("encode_topk", "encode_relu", "encode_batchtopk"):
+            patch.setattr(cpu, name, None)  # whoever calls it fails
+        out = sae.loss(x)
+        out.loss.backward()
+    assert {"encode_kernel", "collect_kernel", "repair_kernel", "decode_kernel"} <= set(launches)
+    torch.testing.assert_close(out.loss, plain_out.loss)
+    for (name, p), q in zip(sae.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    torch.testing.assert_close(sae.encode(x), plain.encode(x))
+    torch.testing.assert_close(sae(x), plain(x))
+    assert sae.encode_sparse(x).shape == (5, 3, 64)
+
+
+def test_the_dense_path_is_the_one_exception(launches):
+    sae, x = make({"activation": "relu", "max_l0": 1}, "triton")
+    out = sae.loss(x)
+    assert out.code is None and "encode_kernel" in launches and "decode_kernel" not in launches
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="CUDA tensors take the kernels")
+def test_auto_takes_torch_on_the_cpu(launches):
+    sae, x = make(OPTIONS[0], "auto")
+    sae.loss(x)
+    assert launches == []
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x, w, b: ops.encode_topk(x, w, b, 0), "k in 1 … 50.*got 0"),
+        (lambda x, w, b: ops.encode_topk(x, w, b, 51), "k in 1 … 50.*got 51"),
+        (lambda x, w, b: ops.encode_topk(x[:, :3], w, b, 4), r"one width, got \(6, 3\) and \(50, 4\)"),
+        (lambda x, w, b: ops.encode_topk(x[None], w, b, 4), "flatten"),
+        (lambda x, w, b: ops.encode_relu(x, w, b[:9], 50), r"bias \[50\]"),
+        (lambda x, w, b: ops.encode_relu(x, w, b, 50, torch.zeros(3)), r"centre \[4\]"),
+        (lambda x, w, b: ops.encode_topk(x.double(), w, b, 4), "dtype for all, got x torch.float64"),
+        (lambda x, w, b: ops.encode_topk(x.to("meta"), w, b, 4), "device for all, got x meta"),
+        (lambda x, w, b: ops.encode_batchtopk(x, w, b, 99), "k in 1 … 50"),
+        (lambda x, w, b: ops.encode_jumprelu(x, w, b, b[:3], 50), "threshold must be"),
+        (lambda x, w, b: ops.encode_jumprelu(x, w, b, b, 50, bandwidth=-1), "bandwidth must be 0 or more"),
+        (lambda x, w, b: ops.encode_topk(x / 0, w, b, 4, check_finite=True), "6 of 6 rows with NaN or infinity"),
+        (lambda x, w, b: ops.encode_topk(x.double(), w.double(), b.double(), 4, backend="triton"), "got torch.float64"),
+        (lambda x, w, b: gpu.encode_topk(x[:, 1:], w[:, 1:].contiguous(), b, 4, encoder="fused"), "16 bytes"),
+    ],
+)
+def test_bad_input_is_one_clear_error_before_any_kernel(call, message, launches):
+    x, w, b = torch.randn(6, 4, device=DEVICE), torch.randn(50, 4, device=DEVICE), torch.zeros(50, device=DEVICE)
+    with pytest.raises(ValueError, match=message):
+        call(x, w, b)
+    assert launches == []
+
+
+def test_more_k_than_there_are_kernels_for():
+    x, w, b = torch.randn(2, 4, device=DEVICE), torch.randn(600, 4, device=DEVICE), torch.zeros(600, device=DEVICE)
+    with pytest.raises(ValueError, match="k of at most 512, got 513"):
+        ops.encode_topk(x, w, b, 513, backend="triton")
+    assert ops.encode_topk(x, w, b, 513, backend="auto").k == 513
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter's limits")
+def test_bfloat16_is_refused_in_the_interpreter():
+    sae, x = make(OPTIONS[0], "triton", dtype="bfloat16")
+    with pytest.raises(ValueError, match="interpreter gets products wrong"):
+        sae.loss(x)
+
+
+def test_indices_out_of_range_are_refused_in_decode(launches):
+    sae, x = make(OPTIONS[0], "triton")
+    code = sae.encode_sparse(x).detach()
+    launches.clear()
+    code.indices[1, 2] = 64
+    with pytest.raises(ValueError, match=r"0 … 63, got some from 0 to 64"):
+        sae.decode(code)
+    assert launches == []
+
+
+def python(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    root = Path(__file__).parent.parent
+    return subprocess.run(
+        [sys.executable, "-c", program], cwd=root, env=kept | environment, capture_output=True, text=True
+    )
+
+
+STEP = (
+    "import torch, fastsae\n"
+    "sae = fastsae.SAE(d_in=8, d_sae=64, k=4, backend={backend!r})\n"
+    "print(float(sae.loss(torch.ones(3, 8)).fve))\n"
+)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
+def test_triton_on_the_cpu_needs_the_interpreter():
+    refused = python(STEP.format(backend="triton"))
+    assert refused.returncode == 1 and "backend='triton' needs a CUDA device, or TRITON_INTERPRET=1" in refused.stderr
+    assert python(STEP.format(backend="triton"), TRITON_INTERPRET="1").returncode == 0
+
+
+def test_import_and_cpu_use_without_triton():
+    program = "import sys; sys.modules['triton'] = None\n" + STEP.format(backend="auto")
+    done = python(program)
+    assert done.returncode == 0, done.stderr
+    missing = (
+        "import sys, importlib.util as u; find = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name == 'triton' else find(name, *a)\n"
+    )
+    refused = python(missing + STEP.format(backend="triton"))
+    assert "backend='triton' needs Triton, which is not installed" in refused.stderr
