@@ -1,11 +1,12 @@
 # Each of these makes the virtual environment .venv the first time and installs what it needs; after that they need no
-# network. OUT, SCALE, ARGS and PYTHON can be given on the command line; so can TORCH_INSTALL, the arguments with
+# network. OUT, SCALE, ARGS, TRITON and PYTHON can be given on the command line; so can TORCH_INSTALL, the arguments with
 # which pip shall install torch, where the choice made in .ci/install_torch.py does not suit.
 
 SCALE ?= laptop
 OUT ?= out/demo
 ARGS ?=
 TORCH_INSTALL ?=
+TRITON ?=
 
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 10))
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
@@ -13,10 +14,11 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 
 VENV := .venv
 PY := $(VENV)/bin/python
+OTHER_TRITON = $(VENV)/triton-$(TRITON)
 # What is installed depends on these files and on where the checkout lies, not on the files' dates.
 STATE := $(shell { pwd; cat pyproject.toml setup.py; } | cksum | cut -d ' ' -f 1)
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench compile clean
 .SUFFIXES:
 
 help:
@@ -25,6 +27,7 @@ help:
 	@echo 'make test    run the tests; ARGS="tests/test_sae.py -k topk" for some of them'
 	@echo 'make lint    ruff and pyright'
 	@echo 'make bench   time the training step; on a machine with an NVIDIA GPU the kernels too'
+	@echo 'make compile compile all kernels for all GPUs, without a GPU; TRITON=3.9.0 with that version of Triton'
 	@echo 'make clean   remove .venv and caches; what was made under out/ stays'
 
 demo: $(VENV)/.all-$(STATE)
@@ -44,6 +47,14 @@ lint: $(VENV)/.dev-$(STATE)
 bench: $(VENV)/.dev-$(STATE)
 	@echo '== bench'
 	@$(PY) -m bench all $(ARGS)
+
+compile: $(VENV)/.dev-$(STATE)
+	@echo '== compiling the kernels'
+	@test -z '$(TRITON)' || test -d '$(OTHER_TRITON)' || { \
+		rm -rf '$(OTHER_TRITON).part' && \
+		$(PY) -m pip install --quiet --no-deps --target '$(OTHER_TRITON).part' 'triton==$(TRITON)' && \
+		mv '$(OTHER_TRITON).part' '$(OTHER_TRITON)'; }
+	@PYTHONPATH='$(if $(TRITON),$(OTHER_TRITON))' $(PY) -m bench compile $(ARGS)
 
 $(VENV)/.made:
 	@command -v '$(PYTHON)' >/dev/null && '$(PYTHON)' -c '$(NEW_ENOUGH)' || { \

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,45 +10,8 @@ from torch import Tensor
 
 from bench import naive, step
 from bench.checks import check_decode
-
-Call = Callable[[], object]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """N tokens, D width, F dictionary size, K active latents per token."""
-
-    name: str
-    N: int
-    D: int
-    F: int
-    K: int
-
-
-SHAPES = [
-    Shape("S0", 8192, 768, 24576, 32),
-    Shape("S1", 16384, 4096, 131072, 64),
-    Shape("S2", 8192, 4096, 1048576, 64),
-]
-TINY = [Shape("tiny", 33, 32, 256, 4)]  # for a dry run
-LARGEST_STEP = 2**31  # elements of [N, F] and twice those of [F, D]; past it a dense step fits no GPU we know of
-
-
-@dataclass(frozen=True)
-class Case:
-    """build() gives the call to be timed, after checking it; work and traffic are in operations and bytes."""
-
-    op: str
-    variant: str
-    shape: Shape
-    dtype: torch.dtype
-    build: Callable[[torch.device], Call]
-    operations: float = 0
-    traffic: float = 0
-
-    def row(self) -> dict[str, Any]:
-        return {"op": self.op, "variant": self.variant, "dtype": str(self.dtype).removeprefix("torch."),
-                "shape": self.shape.name, **{k: v for k, v in asdict(self.shape).items() if k != "name"}}
+from bench.encoders import encode_cases
+from bench.shapes import LARGEST_STEP, Call, Case, Shape
 
 
 def ceilings() -> Iterator[Case]:
@@ -65,6 +27,7 @@ def all_cases(shapes: list[Shape], dtypes: tuple[torch.dtype, ...]) -> Iterator[
     for shape in shapes:
         for dtype in dtypes:
             yield _encoder_case(shape, dtype)
+            yield from encode_cases(shape, dtype)
             yield from _decode_cases(shape, dtype)
     for shape in shapes:
         if shape.N * shape.F <= LARGEST_STEP and 2 * shape.F * shape.D <= LARGEST_STEP:

@@ -59,6 +59,84 @@ def decode_checks(device: torch.device) -> list[dict[str, Any]]:
     return rows
 
 
+def code_error(values: Tensor, indices: Tensor, counts: Tensor, pre: Tensor, allowed: Tensor, k: int | None) -> float:
+    """How far a code is from the exact one of pre [R, F] (float64), in units of allowed [R, 1]; infinite if not a code.
+
+    k: the code shall hold the k largest positive entries of a row; None: all positive ones. An entry may stand for
+    another, or be left out, only if the two, or it and 0, are within rounding of each other.
+    """
+    R, F = pre.shape
+    used = torch.arange(values.shape[1], device=values.device) < counts[:, None]
+    at = indices.long()
+    if bool(((at < 0) | (at >= F)).any()) or bool(values[~used].any()):
+        return float("inf")
+    chosen = torch.zeros(R, F, dtype=torch.int64, device=pre.device).scatter_add_(1, at, used.long())
+    if int(chosen.max()) > 1 or (k is not None and int(counts.max()) > k):
+        return float("inf")
+    errors = (values.double() - pre.gather(1, at)).abs().masked_fill(~used, 0) / allowed
+    worst = errors.max() if errors.numel() else errors.new_zeros(())
+    # The largest entry left out may exceed the least that was chosen, or 0 in a row that is not full, by noise.
+    left_out = pre.masked_fill(chosen > 0, float("-inf")).max(1, keepdim=True).values
+    least = pre.masked_fill(chosen == 0, float("inf")).min(1, keepdim=True).values
+    full = torch.zeros_like(counts, dtype=torch.bool) if k is None else counts >= k
+    excess = left_out - torch.where(full[:, None], least, 0.0)
+    return float(torch.maximum(worst, (excess / allowed).max()))
+
+
+def allowed_error(x: Tensor, weight: Tensor, rounding: float = ROUNDING[torch.float32]) -> Tensor:
+    """[R, 1]: what rounding may do to a sum of D products in fp32, for rows x [R, D] and the longest row of weight."""
+    longest = weight.double().norm(dim=1).max()
+    return 8 * rounding * x.shape[1] ** 0.5 * (x.double().norm(dim=1, keepdim=True) * longest + 1)
+
+
+def encode_checks(device: torch.device) -> list[dict[str, Any]]:
+    """All four rules with both encoders on ragged sizes: {op, case, error, passed}; error as in code_error."""
+    from fastsae import gpu, ops
+
+    rows = []
+    cuda = device.type == "cuda"
+    dtypes = [torch.float32, *([torch.bfloat16, torch.float16] if cuda else [])]
+    sizes = [(1, 8, 1, 1), (5, 24, 300, 7)] + ([(300, 512, 4096, 20), (129, 768, 24571, 32)] if cuda else [])
+    for (N, D, F, k), dtype in ((size, dtype) for size in sizes for dtype in dtypes):
+        x, weight = torch.randn(N, D, device=device).to(dtype), torch.randn(F, D, device=device).to(dtype)
+        bias = torch.randn(F, device=device).to(dtype)
+        pre = x.double() @ weight.double().T + bias.double()
+        shifted = (bias.float() - 2 * D**0.5).to(dtype)  # about one in 40 above 0
+        sparse = pre - bias.double() + shifted.double()
+        # float32 products take tensor cores where that is asked for, which round each factor to 11 bits.
+        tf32 = cuda and dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+        allowed = allowed_error(x, weight, 2.0**-12 if tf32 else ROUNDING[torch.float32])
+        every: gpu.Encoder
+        for every in ("fused", "chunked"):
+            top = gpu.encode_topk(x, weight, bias, k, encoder=every)
+            again = gpu.encode_topk(x, weight, bias, k, encoder=every)
+            above = gpu.encode_above(x, weight, shifted, F, encoder=every)
+            assert above is not None
+            batch = gpu.encode_batchtopk(x, weight, bias, k, encoder=every)
+            least = float(batch.values[batch.values > 0].min()) if bool((batch.values > 0).any()) else 0.0
+            # A batch's code is that of ReLU with its least entry, or a little less, for a threshold.
+            errors = {
+                "topk": code_error(*top[:3], pre, allowed, k),
+                "relu": code_error(*above, sparse, allowed, None),
+                "batchtopk": code_error(batch.values, batch.indices, batch.counts,
+                                        torch.where(pre >= least - allowed, pre, -1.0), 2 * allowed, None),
+            }  # fmt: skip
+            same = all(torch.equal(a, b) for a, b in zip(top[:3], again[:3], strict=True))
+            for rule, error in errors.items():
+                rows.append({"op": "encode", "case": f"{rule} {every} N {N} D {D} F {F} k {k} {dtype}", "error": error,
+                             "same_bits_twice": same, "passed": error <= 1 and same})
+        threshold = torch.rand(F, device=device).to(dtype)
+        code = ops.encode_jumprelu(x, weight, shifted, threshold, F, backend="triton")
+        assert code is not None and code.counts is not None
+        jumped = torch.where(sparse > threshold.double(), sparse, -1.0)
+        near = (sparse - threshold.double()).abs() < allowed  # either side of the threshold is right there
+        dense = code.to_dense().double()
+        wrong = ((dense - jumped.clamp_min(0)).abs() / allowed).masked_fill(near, 0).max()
+        rows.append({"op": "encode", "case": f"jumprelu N {N} D {D} F {F} {dtype}", "error": float(wrong),
+                     "passed": float(wrong) <= 1})
+    return rows
+
+
 def step_checks(device: torch.device) -> list[dict[str, Any]]:
     """x̂ and all gradients of SAE.loss on the device in float32 against the same SAE in float64 on the CPU."""
     from fastsae.sae import SAE

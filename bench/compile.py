@@ -7,11 +7,15 @@ kernel that spills has a stack; one that needs more shared memory than a chip ha
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,34 +84,57 @@ def _usage(cubin: bytes) -> tuple[int, int]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--capability", type=int, action="append", choices=sorted(SHARED_LIMIT),
                         help="only this compute capability, e.g. 90; may be repeated")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time (one per core)")
     parser.add_argument("--json", type=Path, help="write the table to this file")
 
 
 def main(args: argparse.Namespace) -> int:
     """Prints registers and shared memory of all variants; 1 if one does not compile, spills or does not fit."""
+    import triton
+
     capabilities = args.capability or sorted(SHARED_LIMIT)
-    print(f"{'kernel':<36}" + "".join(f"{'sm_' + str(c):>16}" for c in capabilities) + "   registers, KiB shared")
+    print(f"Triton {triton.__version__}; registers, KiB of shared memory, KiB of code")
+    print(f"{'kernel':<32}" + "".join(f"{'sm_' + str(c):>16}" for c in capabilities))
     rows, problems = [], []
-    for item in shipped():
-        cells = []
-        for capability in capabilities:
-            if item.capabilities and capability not in item.capabilities:
-                cells.append("")
-                continue
-            row: dict[str, Any] = {"op": item.op, "variant": item.variant, "capability": capability}
-            try:
-                used = compile_for(item, capability)
-                row |= used.__dict__ | {"problem": used.problem(capability)}
-                cells.append(f"{used.registers}, {used.shared_bytes / 1024:.1f}")
-            except Exception as error:  # the compiler fails in many ways, and the others are still wanted
-                row["problem"] = f"{type(error).__name__}: {error}"
-                cells.append("failed")
-            if row["problem"]:
-                problems.append(f"{item.op} {item.variant} on sm_{capability}: {row['problem']}")
-            rows.append(row)
-        print(f"{item.op + ' ' + item.variant:<36}" + "".join(f"{cell:>16}" for cell in cells), flush=True)
+    # Processes, as the compiler holds the interpreter; spawned, as torch's threads do not survive a fork.
+    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+        for found in pool.map(_compile_item, range(len(list(shipped()))), itertools.repeat(capabilities)):
+            cells = {row["capability"]: _cell(row) for row in found}
+            problems += [
+                f"{row['op']} {row['variant']} on sm_{row['capability']}: {row['problem']}"
+                for row in found if row["problem"]
+            ]  # fmt: skip
+            rows += [row | {"triton": triton.__version__} for row in found]
+            if found:
+                name = f"{found[0]['op']} {found[0]['variant']}"
+                print(f"{name:<32}" + "".join(f"{cells.get(c, ''):>16}" for c in capabilities), flush=True)
+    seconds = sum(row.get("seconds", 0) for row in rows)
+    print(f"{len(rows)} kernels compiled in {seconds:.0f} s of processor time, {len(problems)} problems")
     for problem in problems:
         print(problem)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     return 1 if problems else 0
+
+
+def _compile_item(number: int, capabilities: list[int]) -> list[dict[str, Any]]:
+    """The rows of one variant, one for each capability where it is used."""
+    item = list(shipped())[number]
+    rows = []
+    for capability in capabilities:
+        if item.capabilities and capability not in item.capabilities:
+            continue
+        row: dict[str, Any] = {"op": item.op, "variant": item.variant, "capability": capability}
+        try:
+            used = compile_for(item, capability)
+            row |= used.__dict__ | {"problem": used.problem(capability)}
+        except Exception as error:  # the compiler fails in many ways, and the others are still wanted
+            row["problem"] = f"{type(error).__name__}: {error}"
+        rows.append(row)
+    return rows
+
+
+def _cell(row: dict[str, Any]) -> str:
+    if "registers" not in row:
+        return "failed"
+    return f"{row['registers']}, {row['shared_bytes'] / 1024:.0f}, {row['code_bytes'] / 1024:.0f}"

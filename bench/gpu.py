@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from bench import cases, checks, results, timing
+from bench import cases, checks, encoders, results, shapes, timing
 
 # On a GPU float32 products use TF32, as training does; the results say so.
 PRECISION = "high"
@@ -23,7 +23,7 @@ PRECISION = "high"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=480, help="no case is started after this time (480)")
-    parser.add_argument("--out", type=Path, help="folder for the results file (bench/results)")
+    parser.add_argument("--out", type=Path, help="the results file (….json), or a folder for it (bench/results)")
     parser.add_argument("--commit", help="the commit that is measured, where the checkout's history is not at hand")
     parser.add_argument("--dry-run", action="store_true",
                         help="the same on the CPU with tiny sizes and Triton's interpreter: does the program run?")
@@ -54,9 +54,12 @@ class _Run:
         if args.commit:
             self.about["commit"] = args.commit
         kind = "dry-run" if self.dry else "gpu"
-        folder = args.out or results.FOLDER
         # A dry run says nothing about speed, so it leaves no file unless it is asked to.
-        self.path = None if self.dry and args.out is None else results.path_for(kind, self.about, folder)
+        self.path = None if self.dry and args.out is None else args.out
+        if not self.dry and args.out is None:
+            self.path = results.path_for(kind, self.about)
+        elif args.out is not None and args.out.suffix != ".json":
+            self.path = results.path_for(kind, self.about, args.out)
         self.kind = kind
         self.checks: list[dict[str, Any]] = []
         self.rows: list[dict[str, Any]] = []
@@ -64,9 +67,9 @@ class _Run:
     def all(self) -> int:
         print(" · ".join(f"{key} {value}" for key, value in self.about.items() if value is not None), flush=True)
         self.check()
-        shapes = cases.TINY if self.dry else cases.SHAPES
+        sizes = shapes.TINY if self.dry else shapes.SHAPES
         dtypes = (torch.float32,) if self.dry else (torch.bfloat16, torch.float32)
-        for case in (*cases.ceilings(), *cases.all_cases(shapes, dtypes)):
+        for case in (*cases.ceilings(), *cases.all_cases(sizes, dtypes)):
             if time.monotonic() > self.deadline:
                 self.rows.append(case.row() | {"note": "not started: out of time"})
             else:
@@ -81,6 +84,7 @@ class _Run:
 
     def check(self) -> None:
         for op, ask, unit in (("decode", checks.decode_checks, "of what rounding allows"),
+                              ("encode", checks.encode_checks, "of what rounding allows"),
                               ("step", checks.step_checks, "relative, float32")):
             try:
                 rows = ask(self.device)
@@ -99,8 +103,12 @@ class _Run:
         row = case.row()
         try:
             call = case.build(self.device)
-            timed = timing.measure(call, self.device, seconds=0.05 if self.dry else 2.0, most=50)
+            seconds, least = (0.05, 1) if self.dry else (1.0, 3)
+            timed = timing.measure(call, self.device, seconds=seconds, least=least, most=50)
             row |= timed.row() | self.derived(case, timed.median_ms)
+            if (case.op, case.variant) == ("part", "topk repair"):
+                call = None
+                row |= encoders.effort(case.shape, case.dtype, self.device)
         except torch.cuda.OutOfMemoryError:
             row["note"] = "out of memory"
         except Exception as error:  # a case that fails must not cost the rest of the run
@@ -118,7 +126,7 @@ class _Run:
             found["tflop_per_s"] = case.operations / ms / 1e9
         if case.traffic and not self.dry:
             found["gb_per_s"] = case.traffic / ms / 1e6
-        if case.op == "step":
+        if case.op in ("step", "encode", "part", "gemm", "encode + decode"):
             key = case.row()
             for row in self.rows:
                 same = all(row[name] == key[name] for name in ("shape", "dtype"))
@@ -127,11 +135,13 @@ class _Run:
         return found
 
     def line(self, row: dict[str, Any]) -> str:
-        head = f"{row['op']:<8} {row['variant']:<22} {row['shape']:<5} {row['dtype']:<9}"
+        head = f"{row['op']:<15} {row['variant']:<21} {row['shape']:<10} {row['dtype']:<9}"
         if "median_ms" not in row:
             return f"{head} {row['note']}"
         rates = {"tflop_per_s": "TFLOP/s", "gb_per_s": "GB/s", "gemms": "encoder products"}
         derived = "".join(f"  {row[key]:,.1f} {unit}" for key, unit in rates.items() if key in row)
+        if "rows_failed" in row:
+            derived += f"  {row['rows_failed']:.2%} of rows failed, {row['rows_exact']:.0f} exact"
         memory = "" if row["peak_mib"] is None else f"  {row['peak_mib']:,.0f} MiB"
         return f"{head} {row['median_ms']:9.3f} ms ({row['p20_ms']:.3f} to {row['p80_ms']:.3f}){derived}{memory}"
 

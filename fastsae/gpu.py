@@ -68,6 +68,11 @@ def kept_per_group(k: int, d_sae: int) -> int:
     return 2 if groups >= 256 * k else 3 if groups >= 32 * k else 4
 
 
+def slots_for(k: int) -> int:
+    """C: a power of two with room for k entries, those between the bound and the k-th, and some ties."""
+    return 1 << max(2 * k + 63, 127).bit_length()
+
+
 def encode_topk(
     x: Tensor, weight: Tensor, bias: Tensor, k: int, centre: Tensor | None = None,
     *, encoder: Encoder = "auto", fired: Tensor | None = None,
@@ -83,7 +88,7 @@ def encode_topk(
         return TopK(x.new_zeros(0, k, dtype=torch.float32), empty.new_zeros(0, k), empty, Effort(empty, empty.bool()))
     groups = _groups(x, weight, bias, kept_per_group(k, weight.shape[0]), encoder)
     bound = select.row_bound(groups, k)
-    slots = 1 << max(2 * k + 63, 127).bit_length()  # room for the entries between the bound and the k-th, and ties
+    slots = slots_for(k)
     found = select.collect(groups, bound, slots, MOST_FAILED)
     repair.repair(x, weight, bias, groups, bound, found)
     values, indices, counts = select.finish(found, k, fired)

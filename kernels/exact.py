@@ -98,7 +98,9 @@ def exact_merge_kernel(
 
 def shape(block: int, half: bool) -> tuple[int, int]:
     """BLOCK_D and warps for B = block. With others the assembler spills a few bytes: see bench compile."""
-    return (16, 4) if half else {64: (16, 4), 128: (32, 4), 256: (32, 8), 512: (16, 8)}[block]
+    if half:
+        return (16, 2 if block == 512 else 4)
+    return {64: (16, 8), 128: (32, 4), 256: (32, 8), 512: (16, 8)}[block]
 
 
 def exact_topk(

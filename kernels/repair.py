@@ -26,14 +26,22 @@ def one_group(x_ptr, w_ptr, bias_ptr, features, valid, stride_wf,
     """max(⟨x, w_f⟩ + bias_f, 0) of one row x [D] for features [32]."""
     d = tl.arange(0, BLOCK_D)
     w_rows = tl.where(valid, features, 0).to(tl.int64)
-    # Tensor cores take 16 rows at least; these are all the same one. So are the roundings, then, as in `encode`.
-    acc = tl.zeros([16, 32], dtype=tl.float32)
+    if PRECISION == "ieee":
+        z = tl.zeros([32], dtype=tl.float32)
+    else:
+        acc = tl.zeros([16, 32], dtype=tl.float32)
     for start in range(0, D, BLOCK_D):
         inside = d < D - start
         x = tl.load(x_ptr + start + d, mask=inside, other=0.0)
         w = tl.load(w_ptr + w_rows[:, None] * stride_wf + start + d[None, :], mask=inside[None, :], other=0.0)
-        acc = tl.dot(tl.broadcast_to(x[None, :], [16, BLOCK_D]), w.T, acc, input_precision=PRECISION)
-    z = tl.max(acc, axis=0) + tl.load(bias_ptr + features, mask=valid, other=0.0)
+        if PRECISION == "ieee":
+            z += tl.sum(w * x[None, :], axis=1)
+        else:
+            # Tensor cores, so that factors are rounded as in `encode`. They take 16 rows: these are all the same one.
+            acc = tl.dot(tl.broadcast_to(x[None, :], [16, BLOCK_D]), w.T, acc, input_precision=PRECISION)
+    if PRECISION != "ieee":
+        z = tl.max(acc, axis=0)
+    z += tl.load(bias_ptr + features, mask=valid, other=0.0)
     return tl.where(valid & (z > 0), z, 0.0)
 
 

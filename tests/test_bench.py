@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import cases, checks, readme, results, timing
+from bench import cases, checks, readme, results, shapes, timing
 from bench.__main__ import COMMANDS, main
 
 ROOT = Path(__file__).parent.parent
@@ -43,7 +43,9 @@ def test_gpu_dry_run_measures_every_kind_of_case(tmp_path):
     (file,) = tmp_path.iterdir()
     result = json.loads(file.read_text())
     assert result["checks"] and all(check["passed"] for check in result["checks"])
-    assert {row["op"] for row in result["rows"]} == {"copy", "matmul", "encoder", "decode", "step"}
+    assert {row["op"] for row in result["rows"]} == {
+        "copy", "matmul", "encoder", "encode", "part", "gemm", "decode", "encode + decode", "step",
+    }
     assert all(row["p20_ms"] <= row["median_ms"] <= row["p80_ms"] for row in result["rows"])
     assert result["machine"]["torch"] == torch.__version__
 
@@ -69,11 +71,12 @@ def test_a_case_that_fails_is_a_note_and_the_run_goes_on(tmp_path, monkeypatch, 
     def broken(device):
         raise RuntimeError("no such kernel")
 
-    shape = cases.TINY[0]
-    works = cases.Case("encoder", "fine", shape, torch.float32, lambda device: lambda: None)
-    monkeypatch.setattr(cases, "ceilings", lambda: [cases.Case("decode", "bad", shape, torch.float32, broken), works])
+    shape = shapes.TINY[0]
+    works = shapes.Case("encoder", "fine", shape, torch.float32, lambda device: lambda: None)
+    monkeypatch.setattr(cases, "ceilings", lambda: [shapes.Case("decode", "bad", shape, torch.float32, broken), works])
     monkeypatch.setattr(cases, "all_cases", lambda *given: [])
     monkeypatch.setattr(checks, "decode_checks", broken)
+    monkeypatch.setattr(checks, "encode_checks", lambda device: [])
     monkeypatch.setattr(checks, "step_checks", lambda device: [])
     assert dry_run("--out", str(tmp_path)) == 1
     result = json.loads(next(tmp_path.iterdir()).read_text())

@@ -11,11 +11,12 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from bench import checks
 from fastsae import gpu, ops, reference
 from fastsae.kernels import encode, exact, repair, select
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ENCODERS = ["fused", "chunked"]
+ENCODERS: list[gpu.Encoder] = ["fused", "chunked"]
 
 
 def make(N: int, D: int, F: int, seed: int = 0, shift: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,7 +67,7 @@ def requires_fit(encoder: str, D: int) -> None:
 @pytest.mark.parametrize("encoder", ENCODERS)
 @pytest.mark.parametrize(
     ("N", "D", "F", "k"),
-    [(1, 4, 1, 1), (1, 1, 1, 1), (17, 8, 300, 1), (3, 300, 63, 17), (17, 63, 300, 5), (2, 16, 999, 63), (2, 17, 63, 63)],
+    [(1, 4, 1, 1), (1, 1, 1, 1), (17, 8, 300, 1), (3, 300, 63, 17), (17, 63, 300, 5), (2, 16, 999, 63), (2, 7, 63, 63)],
 )
 def test_topk_on_ragged_shapes(N, D, F, k, encoder):
     requires_fit(encoder, D)
@@ -376,3 +377,32 @@ def test_offsets_beyond_two_to_the_31(tmp_path):
     rows[:, :8] = weight.numpy()  # the last rows start past element 2³¹
     far = torch.from_numpy(rows)[:, :8]
     close(gpu.encode_topk(x, far, bias, 30, encoder="fused"), topk(x, weight, bias, 30), x, weight)
+
+
+# --- the checks of the bench ------------------------------------------------------------------------------------------
+
+
+def test_the_bench_finds_nothing_wrong():
+    rows = checks.encode_checks(torch.device(DEVICE))
+    assert {row["case"].split()[0] for row in rows} == {"topk", "relu", "jumprelu", "batchtopk"}
+    assert [row for row in rows if not row["passed"]] == []
+
+
+@pytest.mark.parametrize("damage", ["value", "feature", "dropped", "twice", "range"])
+def test_the_bench_would_find_a_wrong_code(damage):
+    x, weight, bias = make(3, 8, 100)
+    pre = reference.pre_activations(x.double(), weight.double(), bias.double())
+    values, indices, counts, _ = gpu.encode_topk(x, weight, bias, 5)
+    allowed = checks.allowed_error(x, weight)
+    assert checks.code_error(values, indices, counts, pre, allowed, 5) <= 1
+    if damage == "value":
+        values[1, 2] += 0.01
+    elif damage == "feature":
+        indices[1, 2] = int(pre[1].argmin())
+    elif damage == "dropped":
+        values[1, 4], indices[1, 4], counts[1] = 0, 0, 4
+    elif damage == "twice":
+        indices[1, 2], values[1, 2] = indices[1, 0].clone(), values[1, 0].clone()
+    else:
+        indices[1, 2] = 100
+    assert checks.code_error(values, indices, counts, pre, allowed, 5) > 1
