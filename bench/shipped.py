@@ -41,19 +41,25 @@ def _types(pointers: dict[str, str], sizes: str, strides: str) -> dict[str, str]
 def _decode() -> Iterator[Shipped]:
     from fastsae.kernels import decode
 
-    strides = ("stride_in", "stride_vn", "stride_wf", "stride_on")
-    for dtype, has_counts, whole in itertools.product(("fp32", "bf16", "fp16"), (False, True), (False, True)):
-        pointers = {"indices_ptr": "*i32", "values_ptr": "*fp32", "counts_ptr": "*i32",
-                    "w_ptr": f"*{dtype}", "out_ptr": f"*{dtype}"}
+    strides = ("stride_in", "stride_vn", "stride_wf", "stride_tn", "stride_on")
+    kinds = {"": (False, False, False), " counts": (True, False, False), " order": (True, True, False),
+             " error": (True, False, True)}  # fmt: skip
+    for dtype, kind, whole in itertools.product(("fp32", "bf16", "fp16"), kinds, (False, True)):
+        has_counts, has_order, has_target = kinds[kind]
+        own = f"*{dtype}"
+        pointers = {"indices_ptr": "*i32", "values_ptr": "*fp32", "counts_ptr": "*i32", "order_ptr": "*i32",
+                    "w_ptr": own, "bias_ptr": own, "target_ptr": own, "out_ptr": own, "residual_ptr": own,
+                    "error_ptr": "*fp32" if has_target else own}  # fmt: skip
         yield Shipped(
             op="decode",
-            variant=f"{dtype}{' counts' if has_counts else ''}{'' if whole else ' odd D'}",
+            variant=f"{dtype}{kind}{'' if whole else ' odd D'}",
             kernel=decode.decode_kernel,
             signature=_types(pointers, "K D", " ".join(strides)),
             # Triton makes a constant of a stride of 1.
             constexprs={"stride_ik": 1, "stride_vk": 1,
-                        "HAS_COUNTS": has_counts, "BLOCK_D": decode.BLOCK_D, "UNROLL": decode.UNROLL},
-            aligned=(*pointers, *(("D", "stride_wf", "stride_on") if whole else ())),
+                        "HAS_COUNTS": has_counts, "HAS_ORDER": has_order, "HAS_TARGET": has_target,
+                        "BLOCK_D": decode.BLOCK_D, "UNROLL": decode.UNROLL},
+            aligned=(*pointers, *(("D", "stride_wf", "stride_tn", "stride_on") if whole else ())),
             num_warps=decode.NUM_WARPS,
         )
 

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from fastsae import ops
 from fastsae.codes import SparseCode
+from fastsae.ops import squared_error, wide
 
 if TYPE_CHECKING:
     from fastsae.sae import SAE
@@ -41,26 +42,17 @@ if TYPE_CHECKING:
 class Parts(NamedTuple):
     """What a rule makes of rows [N, D], in the SAE's units.
 
-    x_hat [N, D]; sparsity and aux scalars, to be added to the mse; code None where it was too dense; active: entries of
-    the code, a scalar; fired [F] bool.
+    x_hat [N, D]; mse, sparsity and aux, scalars that add up to the loss; code None where it was too dense; active:
+    entries of the code, a scalar; fired [F] bool.
     """
 
     x_hat: Tensor
+    mse: Tensor
     sparsity: Tensor
     aux: Tensor
     code: SparseCode | None
     active: Tensor
     fired: Tensor
-
-
-def wide(t: Tensor) -> Tensor:
-    """t in float32, or as it is in float64: what losses are summed in."""
-    return t.to(torch.promote_types(t.dtype, torch.float32))
-
-
-def squared_error(x_hat: Tensor, wanted: Tensor) -> Tensor:
-    """Mean over rows of the squared error, summed over D; 0 for no rows."""
-    return torch.nn.functional.mse_loss(wide(x_hat), wide(wanted), reduction="sum") / max(x_hat.shape[0], 1)
 
 
 class ReLU:
@@ -90,15 +82,15 @@ class ReLU:
         if code is None:
             dense = ops.relu_dense(rows, sae.encoder.weight, sae.encoder.bias, sae.W_dec, weighted, sae.centre)
             x_hat, l1, l0, fired = dense
+            x_hat = x_hat + sae.b_dec
+            mse = squared_error(x_hat, wanted)
             active = l0.sum()
         else:
-            if weighted:
-                x_hat, l1 = ops.decode_with_l1(code, sae.W_dec, sae.cfg.backend)
-            else:
-                x_hat, l1 = ops.decode(code, sae.W_dec, sae.cfg.backend), code.values
+            x_hat, mse, l1 = ops.decode_error(code, sae.W_dec, sae.b_dec, wanted, sae.cfg.backend, weighted)
+            l1 = l1 if weighted else code.values
             active, fired = activity(code)
         sparsity = sae.cfg.l1_coefficient * wide(l1).sum() / max(rows.shape[0], 1)
-        return Parts(x_hat + sae.b_dec, sparsity, torch.zeros_like(sparsity), code, active, fired)
+        return Parts(x_hat, mse, sparsity, torch.zeros_like(sparsity), code, active, fired)
 
 
 class TopK:
@@ -121,9 +113,9 @@ class TopK:
     @staticmethod
     def parts(sae: SAE, rows: Tensor, wanted: Tensor) -> Parts:
         code = TopK.encode(sae, rows)
-        x_hat = decode_rows(sae, code)
+        x_hat, mse, _ = ops.decode_error(code, sae.W_dec, sae.b_dec, wanted, sae.cfg.backend)
         aux = TopK.aux(sae, rows, wanted, x_hat)
-        return Parts(x_hat, torch.zeros_like(aux), aux, code, *activity(code))
+        return Parts(x_hat, mse, torch.zeros_like(aux), aux, code, *activity(code))
 
     @staticmethod
     def aux(sae: SAE, rows: Tensor, wanted: Tensor, x_hat: Tensor) -> Tensor:

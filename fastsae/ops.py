@@ -135,9 +135,31 @@ def decode(code: SparseCode, w_dec: Tensor, backend: Backend = "auto") -> Tensor
     return _decode(code, w_dec, backend, False)[0]
 
 
-def decode_with_l1(code: SparseCode, w_dec: Tensor, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
-    """decode, and Σ_k values[n, k] · ‖w_dec[indices[n, k]]‖₂ per row [N], so that w_dec has one gradient buffer."""
-    return _decode(code, w_dec, backend, True)
+def decode_error(
+    code: SparseCode, w_dec: Tensor, bias: Tensor, target: Tensor, backend: Backend = "auto", weighted: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x̂ = decode + bias [N, D], the mean over rows of Σ_d (x̂ − target)² (0 for no rows), and l1.
+
+    bias: [D], target: [N, D]; both have gradients. l1: [N], Σ_k values[n, k] · ‖w_dec[indices[n, k]]‖₂, here so that
+    w_dec has one gradient buffer; empty unless weighted. In kernels the error comes from the
+    decoder's own pass, from sums not yet rounded to w_dec's dtype.
+    """
+    if not use_triton(backend, w_dec):
+        out, l1 = _decode(code, w_dec, backend, weighted)
+        out = out + bias
+        return out, squared_error(out, target), l1
+    out, l1, error = _Decode.apply(code.values, w_dec, _order_of(code), True, weighted, bias, target)
+    return out, error.sum() / max(code.n_tokens, 1), l1
+
+
+def squared_error(x_hat: Tensor, wanted: Tensor) -> Tensor:
+    """Mean over rows of the squared error, summed over D in float32 or more; 0 for no rows."""
+    return torch.nn.functional.mse_loss(wide(x_hat), wide(wanted), reduction="sum") / max(x_hat.shape[0], 1)
+
+
+def wide(t: Tensor) -> Tensor:
+    """t in float32, or as it is in float64: what losses are summed in."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def relu_dense(
@@ -189,10 +211,14 @@ def _with_gradient(
 
 
 def _decode(code: SparseCode, w_dec: Tensor, backend: Backend, weighted: bool) -> tuple[Tensor, Tensor]:
+    return _Decode.apply(code.values, w_dec, _order_of(code), use_triton(backend, w_dec), weighted, None, None)[:2]
+
+
+def _order_of(code: SparseCode) -> _Order:
     order = getattr(code.values.grad_fn, "order", None)  # of _PreActivationsAt, if the values come straight from it
     if not isinstance(order, _Order) or order.indices is not code.indices or order.counts is not code.counts:
         order = _Order(code.indices, code.counts, code.d_sae)
-    return _Decode.apply(code.values, w_dec, order, use_triton(backend, w_dec), weighted)
+    return order
 
 
 def _sum_at(where: Tensor, what: Tensor, size: int, like: Tensor) -> Tensor:
@@ -238,36 +264,48 @@ class _PreActivationsAt(torch.autograd.Function):
 
 
 class _Decode(torch.autograd.Function):
-    """out [N, D], and l1 [N] if weighted (else empty)."""
+    """out [N, D], l1 [N] if weighted, and the squared error [N] of out + bias if there is a target; else empty ones."""
 
     @staticmethod
     @_not_autocast
     def forward(
-        ctx: Any, values: Tensor, w_dec: Tensor, order: _Order, triton: bool, weighted: bool
-    ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(values, w_dec)
+        ctx: Any, values: Tensor, w_dec: Tensor, order: _Order, triton: bool, weighted: bool,
+        bias: Tensor | None, target: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         ctx.order, ctx.weighted = order, weighted
         indices, counts = order.indices, order.counts
-        if triton:
+        residual, error, l1 = None, values.new_empty(0), values.new_empty(0)
+        if target is not None:
+            from fastsae.kernels.decode import decode_error as fused
+
+            assert triton and bias is not None
+            out, residual, error = fused(indices, values, w_dec, bias, target, counts)
+        elif triton:
             from fastsae.kernels.decode import decode as kernel
 
             out = kernel(indices, values, w_dec, counts)
         else:
             flat = cpu.by_token(indices, counts)
             out = cpu.weighted_rows(w_dec, flat.feature, flat.of(values), flat.offsets)
-        if not weighted:
-            l1 = values.new_empty(0)
-            ctx.mark_non_differentiable(l1)
-            return out, l1
-        used = values if counts is None else values * _used(indices, counts)
-        return out, (used * w_dec.norm(dim=1)[indices]).sum(-1)
+        ctx.save_for_backward(values, w_dec, residual)
+        if weighted:
+            used = values if counts is None else values * _used(indices, counts)
+            l1 = (used * w_dec.norm(dim=1)[indices]).sum(-1)
+        ctx.mark_non_differentiable(*([] if weighted else [l1]), *([] if target is not None else [error]))
+        return out, l1, error
 
     @staticmethod
     @once_differentiable
     @_not_autocast
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        values, w_dec = ctx.saved_tensors
+        values, w_dec, residual = ctx.saved_tensors
         d_out, d_l1 = grads[0].contiguous(), grads[1]
+        d_bias = d_target = None
+        if residual is not None:
+            pull_of_error = (2 * grads[2])[:, None].to(residual.dtype) * residual
+            d_out = d_out + pull_of_error
+            d_bias = d_out.sum(0) if ctx.needs_input_grad[5] else None
+            d_target = -pull_of_error if ctx.needs_input_grad[6] else None
         order = ctx.order.get()
         d_values = d_w = None
         norms = w_dec.norm(dim=1) if ctx.weighted else None
@@ -282,7 +320,7 @@ class _Decode(torch.autograd.Function):
             if norms is not None:
                 pull = _sum_at(order.feature, d_l1[order.token] * sorted_values, w_dec.shape[0], w_dec)
                 _add_norm_gradient(d_w, w_dec, pull, norms)
-        return d_values, d_w, None, None, None
+        return d_values, d_w, None, None, None, d_bias, d_target
 
 
 def _used(indices: Tensor, counts: Tensor) -> Tensor:

@@ -244,7 +244,7 @@ class SAE(nn.Module):
             rows, wanted = rows[keep], wanted[keep]
         shape = tuple(x.shape[:-1]) if keep is None else (rows.shape[0],)
         parts = self._rule.parts(self, rows, wanted)
-        mse = activations.squared_error(parts.x_hat, wanted)
+        mse = parts.mse
         loss = mse + parts.sparsity + parts.aux
         if not torch.isfinite(loss):
             self._explain_not_finite(rows, wanted)

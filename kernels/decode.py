@@ -3,6 +3,8 @@
 N tokens, K slots of the code per token, F dictionary size, D model width.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -13,17 +15,23 @@ from torch import Tensor
 BLOCK_D = 1024
 NUM_WARPS = 4
 UNROLL = 4
+# Codes with this many slots may have rows so much longer than others that the order in which they start matters.
+LONG_ROW = 256
 
 
 @triton.jit
 def decode_kernel(
-    indices_ptr, values_ptr, counts_ptr, w_ptr,  # [N, K], [N, K], [N] or anything, [F, D]
-    out_ptr,  # [N, D]
+    indices_ptr, values_ptr, counts_ptr, order_ptr, w_ptr,  # [N, K], [N, K], [N] or anything, the same, [F, D]
+    bias_ptr, target_ptr,  # [D], [N, D], or anything
+    out_ptr, residual_ptr, error_ptr,  # [N, D], [N, D] or anything, [N, blocks of D] or anything
     K, D,
-    stride_in, stride_ik, stride_vn, stride_vk, stride_wf, stride_on,
-    HAS_COUNTS: tl.constexpr, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr,
+    stride_in, stride_ik, stride_vn, stride_vk, stride_wf, stride_tn, stride_on,
+    HAS_COUNTS: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_TARGET: tl.constexpr,
+    BLOCK_D: tl.constexpr, UNROLL: tl.constexpr,
 ):
     n = tl.program_id(0).to(tl.int64)  # N * D and N * K overflow int32 at harvest sizes
+    if HAS_ORDER:
+        n = tl.load(order_ptr + n).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
     used = K
     if HAS_COUNTS:
@@ -43,6 +51,13 @@ def decode_kernel(
             acc += value * row
         k += UNROLL
     # Each output is written once, by one program that adds in the order of the slots: no atomics, the same bits always.
+    if HAS_TARGET:
+        acc += tl.load(bias_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+        target = tl.load(target_ptr + n * stride_tn + d, mask=d < D, other=0.0).to(tl.float32)
+        residual = tl.where(d < D, acc - target, 0.0)
+        tl.store(residual_ptr + n * stride_on + d, residual.to(residual_ptr.dtype.element_ty), mask=d < D)
+        at = n * tl.num_programs(1) + tl.program_id(1)
+        tl.store(error_ptr + at, tl.sum(residual * residual, axis=0))
     tl.store(out_ptr + n * stride_on + d, acc.to(out_ptr.dtype.element_ty), mask=d < D)
 
 
@@ -57,19 +72,65 @@ def decode(indices: Tensor, values: Tensor, w_dec: Tensor, counts: Tensor | None
     Raises ValueError if shapes, dtypes or devices do not fit each other.
     """
     _check(indices, values, w_dec, counts)
+    return _launch(indices, values, w_dec, counts, None, None)[0]
+
+
+class Decoded(NamedTuple):
+    """out, residual = out − target [N, D] in w_dec's dtype, and error = Σ_d residual² [N] in fp32."""
+
+    out: Tensor
+    residual: Tensor
+    error: Tensor
+
+
+def decode_error(
+    indices: Tensor, values: Tensor, w_dec: Tensor, bias: Tensor, target: Tensor, counts: Tensor | None = None
+) -> Decoded:
+    """decode plus bias [D], and how far it is from target [N, D]: one pass instead of four.
+
+    The error is that of the fp32 sums, before they are rounded to w_dec's dtype; it is summed in a fixed order.
+    Arguments and errors as for `decode`. Reads N·D + D elements more than it, writes N·D + N more.
+    """
+    _check(indices, values, w_dec, counts)
+    N, D = indices.shape[0], w_dec.shape[1]
+    if target.shape != (N, D) or bias.shape != (D,):
+        raise ValueError(
+            f"target must be [{N}, {D}] and bias [{D}], got {tuple(target.shape)} and {tuple(bias.shape)}"
+        )
+    if target.device != w_dec.device or bias.device != w_dec.device:
+        raise ValueError(f"target and bias must be on {w_dec.device}, got {target.device} and {bias.device}")
+    target = target if D == 1 or target.stride(1) == 1 else target.contiguous()
+    return Decoded(*_launch(indices, values, w_dec, counts, bias.contiguous(), target))
+
+
+def _launch(
+    indices: Tensor, values: Tensor, w_dec: Tensor, counts: Tensor | None, bias: Tensor | None, target: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     (N, K), D = indices.shape, w_dec.shape[1]
     out = w_dec.new_empty(N, D)
+    block_d = min(triton.next_power_of_2(max(D, 1)), BLOCK_D)
+    blocks = triton.cdiv(D, block_d)
+    residual = out if target is None else torch.empty_like(out)
+    error = out if target is None else torch.empty(N, blocks, dtype=torch.float32, device=out.device)
     if out.numel() == 0:
-        return out
-    block_d = min(triton.next_power_of_2(D), BLOCK_D)
-    counts_or_any = indices if counts is None else counts.contiguous()
+        return out, residual, error.sum(1)
+    order = None
+    if counts is not None:
+        counts = counts.contiguous()
+        if K >= LONG_ROW:
+            # Longest rows first, so that none is left over when the others are done; equal ones in order.
+            order = counts.argsort(descending=True, stable=True).to(torch.int32)
+    unused = indices  # a pointer that is not read
     with torch.cuda.device_of(w_dec):  # Triton launches on the current device, not the tensor's
-        decode_kernel[(N, triton.cdiv(D, block_d))](
-            indices, values, counts_or_any, w_dec, out,
-            K, D, *indices.stride(), *values.stride(), w_dec.stride(0), out.stride(0),
-            HAS_COUNTS=counts is not None, BLOCK_D=block_d, UNROLL=UNROLL, num_warps=NUM_WARPS,
+        decode_kernel[(N, blocks)](
+            indices, values, unused if counts is None else counts, unused if order is None else order, w_dec,
+            unused if bias is None else bias, unused if target is None else target, out, residual, error,
+            K, D, *indices.stride(), *values.stride(), w_dec.stride(0),
+            0 if target is None else target.stride(0), out.stride(0),
+            HAS_COUNTS=counts is not None, HAS_ORDER=order is not None, HAS_TARGET=target is not None,
+            BLOCK_D=block_d, UNROLL=UNROLL, num_warps=NUM_WARPS,
         )
-    return out
+    return out, residual, error if target is None else error.sum(1)
 
 
 def _check(indices: Tensor, values: Tensor, w_dec: Tensor, counts: Tensor | None) -> None:

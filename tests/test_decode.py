@@ -161,6 +161,47 @@ def test_offsets_of_rows_beyond_two_to_the_31(tmp_path):
     assert ((out.double() - truth(indices, values, w_dec)).abs() < 1e-5).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("N", "K", "F", "D"), [(1, 1, 1, 1), (17, 5, 40, 63), (3, 7, 40, 2055)])
+def test_residual_and_squared_error(N, K, F, D, dtype):
+    indices, values, w_dec = make(N, K, F, D, dtype)
+    generator = torch.Generator().manual_seed(5)
+    bias, target = (torch.randn(*size, generator=generator).to(dtype).to(DEVICE) for size in ((D,), (N, D)))
+    counts = (torch.arange(N, device=DEVICE) % (K + 1)).int()
+    found = kernel.decode_error(indices, values, w_dec, bias, target, counts)
+    out = truth(indices, values, w_dec, counts) + bias.double()
+    allowed = bound(indices, values, w_dec) + 4 * EPSILON[dtype] * (out.abs() + target.double().abs())
+    assert ((found.out.double() - out).abs() <= allowed).all()
+    assert ((found.residual.double() - (out - target.double())).abs() <= allowed).all()
+    torch.testing.assert_close(found.error.double(), (out - target.double()).square().sum(1), rtol=1e-5, atol=1e-5)
+    across = target.T.contiguous().T  # any strides
+    assert torch.equal(kernel.decode_error(indices, values, w_dec, bias, across, counts).residual, found.residual)
+
+
+def test_no_rows_have_no_error():
+    indices, values, w_dec = make(0, 3, 4, 8)
+    found = kernel.decode_error(indices, values, w_dec, w_dec[0], torch.empty(0, 8, device=DEVICE))
+    assert found.error.shape == (0,) and found.residual.shape == (0, 8)
+
+
+def test_long_rows_start_first_and_change_nothing():
+    K = kernel.LONG_ROW
+    indices, values, w_dec = make(6, K, 90, 9)
+    counts = torch.tensor([3, K, 0, 40, K, 1], device=DEVICE)
+    out = kernel.decode(indices, values, w_dec, counts)
+    for n, used in enumerate(counts.tolist()):
+        assert torch.equal(out[n : n + 1], kernel.decode(indices[n : n + 1, :used], values[n : n + 1, :used], w_dec))
+
+
+@pytest.mark.parametrize(
+    ("bias", "target", "message"), [((7,), (5, 8), r"bias \[8\]"), ((8,), (4, 8), r"target must be \[5, 8\]")]
+)
+def test_targets_that_do_not_fit(bias, target, message):
+    indices, values, w_dec = make(5, 3, 10, 8)
+    with pytest.raises(ValueError, match=message):
+        kernel.decode_error(indices, values, w_dec, torch.zeros(bias), torch.zeros(target))
+
+
 @pytest.mark.gpu
 def test_w_dec_of_more_than_two_to_the_31_elements():
     F, D = 2**20 + 7, 2056

@@ -92,10 +92,33 @@ def test_l1_and_the_dense_path_agree_with_the_reference(weighted):
     code = ops.encode_relu(p["x"], p["weight"], p["bias"], 507, p["centre"])
     assert code is not None
     if weighted:
-        out, l1 = ops.decode_with_l1(code, p["w_dec"])
+        none = torch.zeros_like(p["x"][0]), torch.zeros_like(p["x"])
+        out, _, l1 = ops.decode_error(code, p["w_dec"], *none, weighted=True)
     else:
         out, l1 = ops.decode(code, p["w_dec"]), code.values.sum(-1)
     assert_close(gradients(torch.cat([out, l1[:, None]], 1), p), want, 1e-12)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_decode_error(backend, weighted):
+    """x̂, the mean squared error and l1, and the gradients of all that went in, target included."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+    p = problem(9, 16, 63, torch.float32)
+    p["target"] = torch.randn(9, 16, generator=torch.Generator().manual_seed(7), requires_grad=True)
+    q = double(p)
+    f = reference.encode_topk(q["x"], q["weight"], q["bias"], 4, q["centre"])
+    x_hat = reference.decode(f, q["w_dec"]) + q["centre"]
+    error = (x_hat - q["target"]).square().sum(1).mean()
+    l1 = reference.l1(f, q["w_dec"]) if weighted else x_hat.new_zeros(0)
+    want = gradients(torch.cat([x_hat.reshape(-1), error[None], l1]), q)
+
+    code = ops.encode_topk(p["x"], p["weight"], p["bias"], 4, p["centre"], backend=backend)
+    out, mse, found = ops.decode_error(code, p["w_dec"], p["centre"], p["target"], backend, weighted)
+    torch.testing.assert_close(out.double(), x_hat, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mse.double(), error, rtol=1e-5, atol=1e-5)
+    assert_close(gradients(torch.cat([out.reshape(-1), mse[None], found]), p), want, 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -215,7 +238,8 @@ def test_a_feature_twice_in_a_row_counts_twice():
 
 def test_a_decoder_row_of_norm_zero_has_a_finite_gradient():
     w = torch.zeros(3, 2, requires_grad=True)
-    _, l1 = ops.decode_with_l1(SparseCode(torch.ones(1, 1), torch.tensor([[1]]), 3), w)
+    code = SparseCode(torch.ones(1, 1), torch.tensor([[1]]), 3)
+    _, _, l1 = ops.decode_error(code, w, torch.zeros(2), torch.zeros(1, 2), weighted=True)
     l1.sum().backward()
     assert w.grad is not None and torch.isfinite(w.grad).all()
 
