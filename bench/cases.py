@@ -81,7 +81,31 @@ def _decode_cases(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
         check_decode(call(), indices, weights, w_dec)
         return call
 
+    def with_error(device: torch.device) -> Call:
+        from fastsae.kernels.decode import decode_error
+
+        indices, values, w_dec = inputs(device)
+        bias, target = w_dec[0].clone(), torch.randn(shape.N, shape.D, device=device, dtype=dtype)
+        found = decode_error(indices, values, w_dec, bias, target)
+        check_decode(found.out - bias, indices, values, w_dec, slack=4)
+        return lambda: decode_error(indices, values, w_dec, bias, target)
+
+    def uneven(device: torch.device) -> Call:
+        """A variable code: rows of 0 to 4 K entries, K on average, a few of them long."""
+        from fastsae.kernels.decode import decode
+
+        slots = max(4 * shape.K, 256)
+        indices = torch.randint(0, shape.F, (shape.N, slots), device=device, dtype=torch.int32)
+        values = torch.rand(shape.N, slots, device=device)
+        counts = (-torch.rand(shape.N, device=device).log() * shape.K).int().clamp(max=slots)
+        w_dec = torch.randn(shape.F, shape.D, device=device, dtype=dtype)
+        used = torch.arange(slots, device=device) < counts[:, None]
+        check_decode(decode(indices, values, w_dec, counts), indices, values * used, w_dec)
+        return lambda: decode(indices, values, w_dec, counts)
+
     yield Case("decode", "Triton", shape, dtype, kernel, traffic=least)
+    yield Case("decode", "Triton, uneven", shape, dtype, uneven)
+    yield Case("decode", "Triton, error", shape, dtype, with_error, traffic=least + 2 * size * shape.N * shape.D)
     yield Case("decode", "embedding_bag", shape, dtype, by_torch, traffic=least)
 
 
