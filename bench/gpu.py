@@ -103,7 +103,7 @@ class _Run:
         row = case.row()
         try:
             call = case.build(self.device)
-            seconds, least = (0.05, 1) if self.dry else (1.0, 3)
+            seconds, least = (0.05, 1) if self.dry else (0.5, 3)
             timed = timing.measure(call, self.device, seconds=seconds, least=least, most=50)
             row |= timed.row() | self.derived(case, timed.median_ms)
             if (case.op, case.variant) == ("part", "topk repair"):

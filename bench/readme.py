@@ -79,12 +79,14 @@ def _gpu_table(result: Row) -> str:
     rows = result["rows"]
     kernels = [
         [row["op"], row["variant"], row["shape"], row["dtype"], _time(row),
-         _number(row, "tflop_per_s"), _number(row, "gb_per_s", 0), _number(row, "gemms")]
+         _number(row, "tflop_per_s"), _number(row, "gb_per_s", 0), _number(row, "gemms", 2),
+         _number(row, "peak_mib", 0), f"{row['rows_failed']:.2%}" if "rows_failed" in row else ""]
         for row in rows
     ]
     sizes = {row["shape"]: f"{row['shape']}: N {row['N']}, D {row['D']}, F {row['F']}, K {row['K']}"
              for row in rows if row["shape"] != "-"}
-    table = _table(["op", "by", "size", "dtype", "ms (p20 to p80)", "TFLOP/s", "GB/s", "encoder products"], kernels)
+    table = _table(["op", "by", "size", "dtype", "ms (p20 to p80)", "TFLOP/s", "GB/s", "encoder products",
+                    "MiB beyond its operands", "rows that failed their certificate"], kernels)  # fmt: skip
     return f"{_caption(result['machine'])}\n\n{table}\n{'; '.join(sizes.values())}.\n"
 
 

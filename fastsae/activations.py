@@ -61,7 +61,8 @@ class ReLU:
     @staticmethod
     def encode(sae: SAE, rows: Tensor) -> SparseCode | None:
         return ops.encode_relu(
-            rows, sae.encoder.weight, sae.encoder.bias, sae.cfg.max_active, sae.centre, sae.cfg.backend
+            rows, sae.encoder.weight, sae.encoder.bias, sae.cfg.max_active, sae.centre, sae.cfg.backend,
+            capacity=sae.capacity,
         )
 
     @staticmethod

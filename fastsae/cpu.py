@@ -235,22 +235,27 @@ def encode_batchtopk(
     Of equal ones those of earlier rows, then of lower features; features ascend within a row. K is the most of a row.
     """
     N, total = x.shape[0], x.shape[0] * k
+    if N == 0:
+        return x.new_zeros(0, 0), torch.zeros(0, 0, dtype=torch.int64, device=x.device), x.new_zeros(0).long()
     rows, columns = by_columns(N, weight.shape[0])
-    kept = Entries(*(torch.zeros(0, dtype=dtype, device=x.device) for dtype in (torch.int64, torch.int64, x.dtype)))
     threshold = x.new_zeros(())
-    pending, n_pending = [kept], 0
+    pending: list[Entries] = []
+    n_pending = 0
     for first in range(0, N, rows):
         block = x[first : first + rows] if centre is None else x[first : first + rows] - centre
         for chunk in chunks(block, weight, bias, columns):
             grouped = _grouped(chunk)
-            entries = _above(grouped, grouped.amax(1), threshold.expand(block.shape[0], 1), chunk.start)
+            largest = grouped.amax(1)
+            if chunk.start == first == 0:
+                threshold = _lower_bound(largest.reshape(1, -1), total)[0, 0]
+            entries = _above(grouped, largest, threshold.expand(block.shape[0], 1), chunk.start)
             pending.append(entries._replace(row=entries.row + first))
             n_pending += entries.row.numel()
             if n_pending > 2 * total:
-                kept = _largest(pending, total)
+                pending = [_largest(pending, total)]
                 # Below, not equal: an entry of a lower feature may yet come, and go before one that equals it.
-                threshold = torch.nextafter(kept.value[-1], kept.value.new_zeros(()))
-                pending, n_pending = [kept], 0
+                threshold = torch.nextafter(pending[0].value.min(), threshold.new_zeros(()))
+                n_pending = total
     kept = _largest(pending, total)
     order = (kept.row * weight.shape[0] + kept.feature).argsort()
     row, feature, value = (column[order] for column in kept)
@@ -261,12 +266,16 @@ def encode_batchtopk(
 
 
 def _largest(parts: list[Entries], total: int) -> Entries:
-    """The `total` largest of all entries, descending; of equal ones those of earlier rows, then of lower features."""
+    """The `total` largest of all entries; of equal ones those of earlier rows, then of lower features."""
     row, feature, value = (torch.cat(column) for column in zip(*parts, strict=True))
-    order = feature.argsort(stable=True)
-    order = order[row[order].argsort(stable=True)]
-    order = order[value[order].argsort(stable=True, descending=True)][:total]
-    return Entries(row[order], feature[order], value[order])
+    if value.numel() <= total:
+        return Entries(row, feature, value)
+    last = value.topk(total, sorted=False).values.min()
+    larger, ties = (value > last).nonzero().squeeze(1), (value == last).nonzero().squeeze(1)
+    ties = ties[feature[ties].argsort(stable=True)]
+    ties = ties[row[ties].argsort(stable=True)]
+    chosen = torch.cat([larger, ties[: total - larger.numel()]])
+    return Entries(row[chosen], feature[chosen], value[chosen])
 
 
 # --- what a code does with matrices -----------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -12,6 +13,17 @@ from fastsae.codes import SparseCode
 from fastsae.errors import DataError
 
 Backend = Literal["auto", "triton", "torch"]
+
+
+@dataclass
+class Capacity:
+    """The room that codes of variable length have taken so far, so that the kernels make the next one in one go.
+
+    slots: entries of a row; groups: groups of a row that were computed in full. Both only grow.
+    """
+
+    slots: int = 64
+    groups: int = 32
 
 
 def check_encode(x: Tensor, weight: Tensor, bias: Tensor, centre: Tensor | None, check_finite: bool) -> None:

@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fastsae.dispatch import Capacity
 from fastsae.errors import DataError
 from fastsae.kernels import encode, exact, repair, select
 
@@ -98,26 +99,29 @@ def encode_topk(
 
 
 def encode_above(
-    x: Tensor, weight: Tensor, bias: Tensor, most: int, centre: Tensor | None = None, *, encoder: Encoder = "auto"
+    x: Tensor, weight: Tensor, bias: Tensor, most: int, centre: Tensor | None = None,
+    *, encoder: Encoder = "auto", capacity: Capacity | None = None,
 ) -> Above | None:
     """All positive entries of (x − centre) · weightᵀ + bias; None where a row has more than `most` of them.
 
     For ReLU; for JumpReLU with −θ + bandwidth / 2 in the bias, when values are margins. Waits for the device, to learn
-    how many slots there must be.
+    whether there were slots enough: where not, the groups, which are kept, are collected again. capacity: where it
+    starts from, and where it leaves what it needed.
     """
     x, bias = _operands(x, bias, centre)
     groups = _groups(x, weight, bias, 4, encoder)
     bound = torch.zeros(x.shape[0], dtype=torch.float32, device=x.device)
-    return _all_above(x, weight, bias, groups, bound, min(most, 64), most)
+    return _all_above(x, weight, bias, groups, bound, capacity or Capacity(), most)
 
 
 def encode_batchtopk(
-    x: Tensor, weight: Tensor, bias: Tensor, k: int, centre: Tensor | None = None, *, encoder: Encoder = "auto"
+    x: Tensor, weight: Tensor, bias: Tensor, k: int, centre: Tensor | None = None,
+    *, encoder: Encoder = "auto", capacity: Capacity | None = None,
 ) -> Above:
     """The N · k largest positive entries of (x − centre) · weightᵀ + bias, however many a row has of them.
 
-    Of equal ones those of the first row, then of the lower feature. Entries of a row descend. Waits for the device, to
-    learn how many slots there must be.
+    Of equal ones those of the first row, then of the lower feature. Entries of a row descend. Waits for the device, and
+    uses capacity, as encode_above does.
     """
     x, bias = _operands(x, bias, centre)
     N, F = x.shape[0], weight.shape[0]
@@ -126,7 +130,7 @@ def encode_batchtopk(
         return Above(x.new_zeros(0, 0, dtype=torch.float32), empty.new_zeros(0, 0), empty)
     total = N * k
     groups = _groups(x, weight, bias, kept_per_group(k, F), encoder)
-    above = _all_above(x, weight, bias, groups, select.batch_bound(groups, total), 4 * k, F)
+    above = _all_above(x, weight, bias, groups, select.batch_bound(groups, total), capacity or Capacity(4 * k), F)
     assert above is not None
     values, indices, _ = above
     keys = (values.view(torch.int32).long() << 32) | (0x7FFFFFFF - indices.long())
@@ -163,22 +167,22 @@ def _groups(x: Tensor, weight: Tensor, bias: Tensor, r: int, encoder: Encoder) -
 
 
 def _all_above(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: encode.Groups, bound: Tensor, slots: int, most: int
+    x: Tensor, weight: Tensor, bias: Tensor, groups: encode.Groups, bound: Tensor, capacity: Capacity, most: int
 ) -> Above | None:
     """The entries ≥ bound and > 0 in as many slots as the fullest row needs; None where one needs more than `most`."""
-    r, listed = groups.best.shape[0], MOST_FAILED
+    r = groups.best.shape[0]
     if x.shape[0] == 0:
         return Above(*select.collect(groups, bound, 1, 1)[:3])
     while True:
-        found = select.collect(groups, bound, slots, listed)
+        slots = min(capacity.slots, most)
+        found = select.collect(groups, bound, slots, capacity.groups)
         # Two numbers are waited for before the repair, so that a dense code, of which nearly all groups fail, is not
         # computed group by group: a failed group has r entries at least.
-        least = int((found.counts + r * found.n_failed).max())
+        least, failed = torch.stack([(found.counts + r * found.n_failed).max(), found.n_failed.max()]).tolist()
         if least > most:
             return None
-        most_failed = int(found.n_failed.max())
-        if least > slots or most_failed > listed:
-            slots, listed = max(slots, _grown(least, most)), max(listed, most_failed)
+        if least > slots or failed > capacity.groups:
+            _grow(capacity, least, failed)
             continue
         repair.repair(x, weight, bias, groups, bound, found)
         needed = int(found.counts.max())
@@ -186,8 +190,12 @@ def _all_above(
             return None
         if needed <= slots:
             return Above(found.values, found.indices, found.counts)
-        slots = _grown(needed, most)
+        _grow(capacity, needed, failed)
 
 
-def _grown(needed: int, most: int) -> int:
-    return min(max(needed * 3 // 2, 8), max(most, needed))
+def _grow(capacity: Capacity, slots: int, groups: int) -> None:
+    """By half more than is needed, so that a code that grows from step to step is seldom made twice."""
+    if slots > capacity.slots:
+        capacity.slots = slots + slots // 2
+    if groups > capacity.groups:
+        capacity.groups = groups + groups // 2

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from fastsae import cpu
 from fastsae.codes import SparseCode
-from fastsae.dispatch import Backend, check_encode, check_k, use_triton
+from fastsae.dispatch import Backend, Capacity, check_encode, check_k, use_triton
 from fastsae.errors import DataError
 
 
@@ -60,21 +60,22 @@ def encode_topk(
 
 def encode_relu(
     x: Tensor, weight: Tensor, bias: Tensor, max_l0: int, centre: Tensor | None = None,
-    backend: Backend = "auto", check_finite: bool = False,
+    backend: Backend = "auto", check_finite: bool = False, capacity: Capacity | None = None,
 ) -> SparseCode | None:  # fmt: skip
     """The positive entries of (x − centre) · weightᵀ + bias; None where a row has more than max_l0 of them.
 
-    Arguments, gradients and errors as for `encode_topk`; no order within a row.
+    Arguments, gradients and errors as for `encode_topk`; no order within a row. capacity: of one caller, for all its
+    calls, so that the kernels know how much room such codes take.
     """
     check_encode(x, weight, bias, centre, check_finite)
     with torch.no_grad():
-        found = _above(x, weight, bias, max_l0, centre, backend)
+        found = _above(x, weight, bias, max_l0, centre, backend, capacity)
     return None if found is None else _with_gradient(*found, x, weight, bias, centre)
 
 
 def encode_jumprelu(
     x: Tensor, weight: Tensor, bias: Tensor, threshold: Tensor, max_l0: int, centre: Tensor | None = None,
-    bandwidth: float = 0.0, backend: Backend = "auto", check_finite: bool = False,
+    bandwidth: float = 0.0, backend: Backend = "auto", check_finite: bool = False, capacity: Capacity | None = None,
 ) -> SparseCode | None:  # fmt: skip
     """Entries of pre = (x − centre) · weightᵀ + bias above their feature's threshold [F] ≥ 0, which keep their value.
 
@@ -82,7 +83,7 @@ def encode_jumprelu(
     bandwidth / 2 below or above the threshold are those that the threshold's gradient comes from (eq. 11); those
     below are in the code too, with value 0. None where a row has more than max_l0 entries.
 
-    Other arguments, gradients and errors as for `encode_topk`; the threshold has no gradient here.
+    Other arguments, gradients and errors as for `encode_relu`; the threshold has no gradient here.
     """
     check_encode(x, weight, bias, centre, check_finite)
     if threshold.shape != bias.shape or threshold.device != bias.device:
@@ -94,7 +95,7 @@ def encode_jumprelu(
         raise DataError(f"bandwidth must be 0 or more, got {bandwidth}")
     with torch.no_grad():
         below = threshold - bandwidth / 2
-        found = _above(x, weight, bias - below, max_l0, centre, backend)
+        found = _above(x, weight, bias - below, max_l0, centre, backend, capacity)
         if found is None:
             return None
         margins, indices, counts = found
@@ -106,12 +107,12 @@ def encode_jumprelu(
 
 def encode_batchtopk(
     x: Tensor, weight: Tensor, bias: Tensor, k: int, centre: Tensor | None = None,
-    backend: Backend = "auto", check_finite: bool = False,
+    backend: Backend = "auto", check_finite: bool = False, capacity: Capacity | None = None,
 ) -> SparseCode:  # fmt: skip
     """ReLU of the N · k largest entries of (x − centre) · weightᵀ + bias, however many a row has of them.
 
     "BatchTopK Sparse Autoencoders" (2024), eq. 3. Of equal entries those of earlier rows, then of lower features.
-    Arguments, gradients and errors as for `encode_topk`.
+    Arguments, gradients and errors as for `encode_topk`, capacity as for `encode_relu`.
     """
     check_encode(x, weight, bias, centre, check_finite)
     check_k(k, weight.shape[0])
@@ -119,7 +120,7 @@ def encode_batchtopk(
         if use_triton(backend, weight, product=True):
             from fastsae import gpu
 
-            found = gpu.encode_batchtopk(x, weight, bias, k, centre)
+            found = gpu.encode_batchtopk(x, weight, bias, k, centre, capacity=capacity)
         else:
             found = cpu.encode_batchtopk(x, weight, bias, k, centre)
     return _with_gradient(*found, x, weight, bias, centre)
@@ -389,10 +390,11 @@ class _ReLUDense(torch.autograd.Function):
 
 
 def _above(
-    x: Tensor, weight: Tensor, bias: Tensor, most: int, centre: Tensor | None, backend: Backend
+    x: Tensor, weight: Tensor, bias: Tensor, most: int, centre: Tensor | None, backend: Backend,
+    capacity: Capacity | None,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     if use_triton(backend, weight, product=True):
         from fastsae import gpu
 
-        return gpu.encode_above(x, weight, bias, most, centre)
+        return gpu.encode_above(x, weight, bias, most, centre, capacity=capacity)
     return cpu.encode_relu(x, weight, bias, most, centre)

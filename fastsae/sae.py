@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastsae import activations, checkpoint, ops
 from fastsae.codes import SparseCode
 from fastsae.config import SAEConfig
-from fastsae.dispatch import check_indices
+from fastsae.dispatch import Capacity, check_indices
 from fastsae.errors import ConfigError, DataError, TooDenseError
 
 
@@ -80,6 +80,7 @@ class SAE(nn.Module):
         self.register_buffer("input_mean", torch.zeros(D, **factory))
         self.register_buffer("input_scale", torch.ones((), **factory))
         self.register_buffer("tokens_since_fired", torch.zeros(F, dtype=torch.int64, device=device))
+        self.capacity = Capacity()
         self.reset_parameters()
 
     @torch.no_grad()

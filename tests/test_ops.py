@@ -99,6 +99,48 @@ def test_l1_and_the_dense_path_agree_with_the_reference(weighted):
     assert_close(gradients(torch.cat([out, l1[:, None]], 1), p), want, 1e-12)
 
 
+@pytest.mark.parametrize(("N", "D", "F", "K"), SIZES)
+def test_batchtopk(N, D, F, K):
+    p = problem(N, D, F)
+    dense = reference.encode_batchtopk(p["x"], p["weight"], p["bias"], K, p["centre"])
+    code = ops.encode_batchtopk(p["x"], p["weight"], p["bias"], K, p["centre"])
+    assert torch.equal(code.to_dense() > 0, dense > 0)
+    assert_close(gradients(code.to_dense(), p), gradients(dense, p), 1e-12)
+
+
+@pytest.mark.parametrize("rows", [2, 100])
+@pytest.mark.parametrize("k", [1, 3, 40])
+def test_batchtopk_over_many_chunks_with_ties(k, rows, monkeypatch):
+    """Small integers; chunks of few rows and columns, so that what is kept is boiled down again and again."""
+    monkeypatch.setattr(cpu, "by_columns", lambda n, f: (rows, 16))
+    generator = torch.Generator().manual_seed(k)
+    x, weight = (torch.randint(-2, 3, size, generator=generator).double() for size in ((9, 4), (130, 4)))
+    bias = torch.zeros(130, dtype=torch.float64)
+    code = ops.encode_batchtopk(x, weight, bias, k)
+    assert torch.equal(code.to_dense(), reference.encode_batchtopk(x, weight, bias, k))
+
+
+@pytest.mark.parametrize("bandwidth", [0.0, 0.4])
+@pytest.mark.parametrize(("N", "D", "F", "K"), SIZES)
+def test_jumprelu(N, D, F, K, bandwidth):
+    """Entries in the band below the threshold are in the code with value 0 and pass no gradient on."""
+    p = problem(N, D, F)
+    threshold = torch.rand(F, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    dense = reference.encode_jumprelu(p["x"], p["weight"], p["bias"], threshold, p["centre"])
+    code = ops.encode_jumprelu(p["x"], p["weight"], p["bias"], threshold, F, p["centre"], bandwidth)
+    assert code is not None
+    torch.testing.assert_close(code.to_dense(), dense)
+    assert_close(gradients(code.to_dense(), p), gradients(dense, p), 1e-12)
+
+
+def test_no_rows_of_any_rule():
+    weight, bias, x = torch.randn(20, 4), torch.zeros(20), torch.zeros(0, 4)
+    assert ops.encode_batchtopk(x, weight, bias, 3).n_tokens == 0
+    assert ops.encode_topk(x, weight, bias, 3).n_tokens == 0
+    code = ops.encode_jumprelu(x, weight, bias, bias, 20)
+    assert code is not None and code.n_tokens == 0
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_decode_error(backend, weighted):
