@@ -69,8 +69,9 @@ def keep_best(z, groups, rows, n_rows, n_groups, best_ptr, place_ptr, stride_br,
     for r in tl.static_range(R):
         top = tl.max(z, axis=1)  # [BLOCK_N, GROUPS]
         place = tl.min(tl.where(z == top[:, None, :], at, 32), axis=1)
-        tl.store(best_ptr + r * stride_br + where, top, mask=mask)
-        tl.store(place_ptr + r * stride_br + where, place.to(tl.uint8), mask=mask)
+        tl.store(best_ptr + where, top, mask=mask)
+        tl.store(place_ptr + where, place.to(tl.uint8), mask=mask)
+        where += stride_br  # not r * stride_br, a product in 32 bits where the stride alone fits
         if r + 1 < R:
             z = tl.where(at == place[:, None, :], 0.0, z)
 

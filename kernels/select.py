@@ -85,24 +85,27 @@ def collect_kernel(
     while start < G:
         group = start + tl.arange(0, BLOCK)
         at = n * stride_bn + group
-        last = tl.load(best_ptr + (R - 1) * stride_br + at, mask=group < G, other=0.0)
-        failed = ((last >= bound) & (last > 0)).to(tl.int32)
         number = tl.zeros([BLOCK], dtype=tl.int32)
-        for r in tl.static_range(R - 1):
-            value = tl.load(best_ptr + r * stride_br + at, mask=group < G, other=0.0)
+        for _ in tl.static_range(R - 1):
+            value = tl.load(best_ptr + at, mask=group < G, other=0.0)
             number += ((value >= bound) & (value > 0)).to(tl.int32)
+            at += stride_br  # not r * stride_br, a product in 32 bits where the stride alone fits
+        last = tl.load(best_ptr + at, mask=group < G, other=0.0)
+        failed = ((last >= bound) & (last > 0)).to(tl.int32)
         number = tl.where(failed > 0, 0, number)
         # One scan for both: a block has at most BLOCK · R < 2¹⁶ entries.
         both = number + (failed << 16)
         before = tl.cumsum(both, axis=0) - both
         slot = found + (before & 0xFFFF)
+        at = n * stride_bn + group
         for r in tl.static_range(R - 1):
             # Entries of a group descend, so those that count come first.
             take = (r < number) & (slot + r < C)
-            value = tl.load(best_ptr + r * stride_br + at, mask=take, other=0.0)
-            place = tl.load(place_ptr + r * stride_br + at, mask=take, other=0).to(tl.int32)
+            value = tl.load(best_ptr + at, mask=take, other=0.0)
+            place = tl.load(place_ptr + at, mask=take, other=0).to(tl.int32)
             tl.store(values_ptr + n * C + slot + r, value, mask=take)
             tl.store(indices_ptr + n * C + slot + r, feature_of(group, place, SPAN), mask=take)
+            at += stride_br
         list_slot = n_failed + (before >> 16)
         tl.store(failed_ptr + n * MOST_FAILED + list_slot, group, mask=(failed > 0) & (list_slot < MOST_FAILED))
         total = tl.sum(both, axis=0)

@@ -389,6 +389,16 @@ def test_offsets_beyond_two_to_the_31(tmp_path):
     x = torch.from_numpy(mapped)[:, :8]
     for encoder in ENCODERS:
         close(gpu.encode_topk(x, weight, bias, 30, encoder=encoder), topk(x, weight, bias, 30), x, weight)
+    far_apart = np.memmap(tmp_path / "best", dtype=np.float32, mode="w+", shape=(3, 2**30))
+    places = np.memmap(tmp_path / "place", dtype=np.uint8, mode="w+", shape=(3, 2**30))
+    near = encode.encode_fused(x, weight, bias, 3)
+    G = near.best.shape[2]
+    for r in range(3):  # the third starts at element 2³¹, of strides that fit 32 bits
+        far_apart[r, : 2 * G], places[r, : 2 * G] = near.best[r].reshape(-1), near.place[r].reshape(-1)
+    apart = encode.Groups(*(torch.from_numpy(t)[:, : 2 * G].unflatten(1, (2, G)) for t in (far_apart, places)), G)
+    bound = torch.zeros(2)
+    one, other = (select.collect(groups, bound, 64, 4) for groups in (near, apart))
+    assert all(torch.equal(getattr(one, name), getattr(other, name)) for name in ("values", "indices", "counts"))
     rows = np.memmap(tmp_path / "w", dtype=np.float32, mode="w+", shape=(70, 2**25 + 4))
     rows[:, :8] = weight.numpy()  # the last rows start past element 2³¹
     far = torch.from_numpy(rows)[:, :8]
