@@ -94,8 +94,8 @@ def encode_jumprelu(
     if bandwidth < 0:
         raise DataError(f"bandwidth must be 0 or more, got {bandwidth}")
     with torch.no_grad():
-        below = threshold - bandwidth / 2
-        found = _above(x, weight, bias - below, max_l0, centre, backend, capacity)
+        below = wide(threshold) - bandwidth / 2  # rounded to bfloat16, bias − threshold would choose other entries
+        found = _above(x, weight, wide(bias) - below, max_l0, centre, backend, capacity)
         if found is None:
             return None
         margins, indices, counts = found
@@ -397,4 +397,4 @@ def _above(
         from fastsae import gpu
 
         return gpu.encode_above(x, weight, bias, most, centre, capacity=capacity)
-    return cpu.encode_relu(x, weight, bias, most, centre)
+    return cpu.encode_relu(x, weight, bias.to(x.dtype), most, centre)

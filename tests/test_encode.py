@@ -275,6 +275,17 @@ def test_batchtopk_may_take_all_from_one_row():
     close(gpu.encode_batchtopk(x, weight, bias, 30), wanted, x, weight)
 
 
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_half_precision(encoder):
+    """Sums are fp32, so values are as near to float64's, of the same inputs, as they are in float32."""
+    x, weight, bias = (t.half() for t in make(7, 24, 200))
+    found = gpu.encode_topk(x, weight, bias, 9, encoder=encoder)
+    close(found, topk(x, weight, bias, 9), x, weight)
+    above = gpu.encode_above(x, weight, bias, 200, encoder=encoder)
+    assert above is not None
+    close(above, reference.encode_relu(x.double(), weight.double(), bias.double()), x, weight)
+
+
 # --- any input --------------------------------------------------------------------------------------------------------
 
 
@@ -395,7 +406,8 @@ def test_offsets_beyond_two_to_the_31(tmp_path):
     G = near.best.shape[2]
     for r in range(3):  # the third starts at element 2³¹, of strides that fit 32 bits
         far_apart[r, : 2 * G], places[r, : 2 * G] = near.best[r].reshape(-1), near.place[r].reshape(-1)
-    apart = encode.Groups(*(torch.from_numpy(t)[:, : 2 * G].unflatten(1, (2, G)) for t in (far_apart, places)), G)
+    best, place = (torch.from_numpy(t)[:, : 2 * G].unflatten(1, (2, G)) for t in (far_apart, places))
+    apart = encode.Groups(best, place, G)
     bound = torch.zeros(2)
     one, other = (select.collect(groups, bound, 64, 4) for groups in (near, apart))
     assert all(torch.equal(getattr(one, name), getattr(other, name)) for name in ("values", "indices", "counts"))
