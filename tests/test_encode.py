@@ -12,55 +12,9 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from bench import checks
-from fastsae import gpu, ops, reference
-from fastsae.dispatch import Capacity
+from fastsae import gpu, reference
 from fastsae.kernels import encode, exact, repair, select
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ENCODERS: list[gpu.Encoder] = ["fused", "chunked"]
-
-
-def make(N: int, D: int, F: int, seed: int = 0, shift: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    x, weight = torch.randn(N, D, generator=generator), torch.randn(F, D, generator=generator)
-    return x.to(DEVICE), weight.to(DEVICE), (torch.randn(F, generator=generator) + shift).to(DEVICE)
-
-
-def integers(N: int, D: int, F: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Small ones: every product and sum is exact, and many are equal."""
-    generator = torch.Generator().manual_seed(seed)
-    x, weight = (torch.randint(-2, 3, size, generator=generator).float() for size in ((N, D), (F, D)))
-    return x.to(DEVICE), weight.to(DEVICE), torch.randint(-2, 3, (F,), generator=generator).float().to(DEVICE)
-
-
-def dense(found, F: int) -> Tensor:
-    """[N, F] of used slots; unused ones must hold 0."""
-    values, indices, counts = found[:3]
-    used = torch.arange(values.shape[1], device=values.device) < counts[:, None]
-    assert not values[~used].any() and not indices[~used].any()
-    assert (indices >= 0).all() and (indices < F).all()
-    flat = torch.zeros(values.shape[0], F, dtype=torch.float64, device=values.device)
-    taken = torch.zeros_like(flat).scatter_add_(1, indices.long(), used.double())
-    assert (taken <= 1).all(), "a feature is in a row twice"
-    return flat.scatter_add_(1, indices.long(), values.double())
-
-
-def close(found, wanted: Tensor, x: Tensor, weight: Tensor) -> None:
-    """The chosen entries equal float64's, but where two are within rounding of each other."""
-    got = dense(found, weight.shape[0])
-    scale = x.double().norm(dim=1, keepdim=True) * weight.double().norm(dim=1) + 1
-    assert ((got - wanted).abs() <= 4e-6 * scale).all()
-    assert torch.equal(found[2].long(), (wanted > 0).sum(1))
-
-
-def topk(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> Tensor:
-    return reference.encode_topk(x.double(), weight.double(), bias.double(), k)
-
-
-def requires_fit(encoder: str, D: int) -> None:
-    if encoder == "fused" and D % 4:
-        pytest.skip("rows of the fused encoder start at multiples of 16 bytes")
-
+from tests.encode_case import DEVICE, ENCODERS, close, dense, integers, make, requires_fit, topk
 
 # --- TopK -------------------------------------------------------------------------------------------------------------
 
@@ -184,95 +138,6 @@ def test_fired_counts_the_rows_of_each_latent():
     fired = torch.zeros(100, dtype=torch.int32, device=DEVICE)
     gpu.encode_topk(x, weight, bias, 4, fired=fired)
     assert torch.equal(fired.long(), (topk(x, weight, bias, 4) > 0).sum(0))
-
-
-# --- ReLU, JumpReLU, BatchTopK ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("encoder", ENCODERS)
-@pytest.mark.parametrize(
-    ("N", "D", "F", "shift"), [(17, 8, 300, -5.0), (3, 17, 63, 0.0), (2, 16, 1000, 0.0), (1, 4, 1, 1.0)]
-)
-def test_relu(N, D, F, shift, encoder):
-    """From sparse to half dense, where every group fails and the slots grow."""
-    requires_fit(encoder, D)
-    x, weight, bias = make(N, D, F, shift=shift)
-    found = gpu.encode_above(x, weight, bias, F, encoder=encoder)
-    assert found is not None
-    close(found, reference.encode_relu(x.double(), weight.double(), bias.double()), x, weight)
-
-
-def test_relu_says_when_a_row_is_too_dense():
-    x, weight, bias = make(3, 8, 200)
-    most = int((reference.encode_relu(x, weight, bias) > 0).sum(1).max())
-    assert gpu.encode_above(x, weight, bias, most - 1) is None
-    found = gpu.encode_above(x, weight, bias, most)
-    assert found is not None and int(found.counts.max()) == most
-
-
-def test_capacity_is_remembered():
-    """The first code of its kind is collected until it fits, the next ones once."""
-    x, weight, bias = make(3, 8, 200)
-    capacity, times = Capacity(slots=8, groups=1), []
-    collect = select.collect
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(select, "collect", lambda *given: times.append(given[2:]) or collect(*given))
-        first = gpu.encode_above(x, weight, bias, 200, capacity=capacity)
-        n = len(times)
-        again = gpu.encode_above(x, weight, bias, 200, capacity=capacity)
-    assert n > 1 and len(times) == n + 1
-    assert first is not None and again is not None and torch.equal(first.counts, again.counts)
-    assert torch.equal(dense(first, 200), dense(again, 200))
-    assert times[-1] == (capacity.slots, capacity.groups)
-
-
-def test_a_dense_code_is_refused_before_it_is_repaired(monkeypatch):
-    def never(*given):
-        raise AssertionError("repaired")
-
-    monkeypatch.setattr(repair, "repair", never)
-    x, weight, bias = make(2, 8, 400)
-    assert gpu.encode_above(x, weight, bias, 20) is None
-
-
-@pytest.mark.parametrize("bandwidth", [0.0, 0.5])
-def test_jumprelu(bandwidth):
-    x, weight, bias = make(7, 8, 300)
-    threshold = torch.rand(300, generator=torch.Generator().manual_seed(2)).to(DEVICE) * 4 + 2
-    wanted = reference.encode_jumprelu(x.double(), weight.double(), bias.double(), threshold.double())
-    code = ops.encode_jumprelu(x, weight, bias, threshold, 300, bandwidth=bandwidth, backend="triton")
-    assert code is not None and code.counts is not None
-    assert (code.to_dense().double() - wanted).abs().max() < 1e-4
-    margins = reference.pre_activations(x.double(), weight.double(), bias.double()) - threshold
-    assert torch.equal(code.counts.long(), (margins > -bandwidth / 2).sum(1)), "those in the band are in the code"
-    assert torch.equal(code.l0(), (wanted > 0).sum(1)), "and do not count as active"
-
-
-@pytest.mark.parametrize("encoder", ENCODERS)
-@pytest.mark.parametrize(("N", "D", "F", "k"), [(17, 8, 300, 3), (1, 4, 1, 1), (5, 17, 63, 63), (4, 16, 700, 9)])
-def test_batchtopk(N, D, F, k, encoder):
-    requires_fit(encoder, D)
-    x, weight, bias = make(N, D, F)
-    wanted = reference.encode_batchtopk(x.double(), weight.double(), bias.double(), k)
-    close(gpu.encode_batchtopk(x, weight, bias, k, encoder=encoder), wanted, x, weight)
-
-
-def test_batchtopk_ties_go_to_earlier_rows_and_lower_features():
-    x, weight, bias = integers(6, 4, 80)
-    wanted = reference.encode_batchtopk(x.double(), weight.double(), bias.double(), 3)
-    assert torch.equal(dense(gpu.encode_batchtopk(x, weight, bias, 3), 80), wanted)
-    assert torch.equal(ops.encode_batchtopk(x, weight, bias, 3, backend="torch").to_dense().double(), wanted)
-
-
-def test_batchtopk_may_take_all_from_one_row():
-    x, weight, bias = make(4, 8, 400)
-    bias -= 100
-    x[2] = 0
-    bias[:] = torch.where(torch.arange(400, device=DEVICE) % 2 == 0, 1.0, -1.0) * torch.rand(400, device=DEVICE)
-    x[[0, 1, 3]] *= 0
-    x[2] = 10 * weight[4]
-    wanted = reference.encode_batchtopk(x.double(), weight.double(), bias.double(), 30)
-    close(gpu.encode_batchtopk(x, weight, bias, 30), wanted, x, weight)
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
