@@ -96,7 +96,7 @@ def encode_checks(device: torch.device) -> list[dict[str, Any]]:
     rows = []
     cuda = device.type == "cuda"
     dtypes = [torch.float32, torch.float16, *([torch.bfloat16] if cuda else [])]  # bf16 is wrong in the interpreter
-    sizes = [(1, 8, 1, 1), (5, 24, 300, 7)] + ([(300, 512, 4096, 20), (129, 768, 24571, 32)] if cuda else [])
+    sizes = [(1, 16, 1, 1), (5, 48, 300, 7)] + ([(300, 512, 4096, 20), (129, 768, 24571, 32)] if cuda else [])
     for (N, D, F, k), dtype in ((size, dtype) for size in sizes for dtype in dtypes):
         x, weight = torch.randn(N, D, device=device).to(dtype), torch.randn(F, D, device=device).to(dtype)
         bias = torch.randn(F, device=device).to(dtype)

@@ -10,6 +10,8 @@ from typing import Any
 # Triton's names of the dtypes of inputs, and how their products are made.
 INPUTS = {"bf16": ("half", "tf32"), "fp16": ("half", "tf32"), "tf32": ("tf32", "tf32"), "ieee": ("ieee", "ieee")}
 WIDTH = 4096
+ODD_WIDTH = 507  # rows that start anywhere
+RAGGED_WIDTH = 1008  # rows that are aligned, and end within a block
 
 
 @dataclass(frozen=True)
@@ -76,15 +78,15 @@ def _encode() -> Iterator[Shipped]:
     same = {80: (80,), 86: (86, 89), 90: (90,), 100: (100,), 120: (120,)}
     for generation, tiles in encode.TILES.items():
         for name, (kind, precision) in INPUTS.items():
-            for r in (2, 3, 4):
+            for r, width in ((2, WIDTH), (3, WIDTH), (4, WIDTH), (4, RAGGED_WIDTH)):
                 tile = tiles[kind]
                 pointers = _operands(name) | kept
                 yield Shipped(
                     op="encode",
-                    variant=f"fused {name} r {r}",
+                    variant=f"fused {name} r {r}{'' if width == WIDTH else ' ragged'}",
                     kernel=encode.encode_kernel,
                     signature=_types(pointers, "N F G", "stride_xn stride_wf stride_br stride_bn"),
-                    constexprs={"D": WIDTH, "R": r, "PRECISION": precision,
+                    constexprs={"D": width, "R": r, "PRECISION": precision,
                                 "BLOCK_N": tile.BLOCK_N, "BLOCK_F": tile.BLOCK_F, "BLOCK_D": tile.BLOCK_D,
                                 "TOGETHER": encode.TILES_N_TOGETHER},
                     aligned=(*pointers, "stride_xn", "stride_wf"),
@@ -109,7 +111,7 @@ def _encode() -> Iterator[Shipped]:
 def _select() -> Iterator[Shipped]:
     from fastsae.kernels import select
 
-    for sets in (32, 1024, select.MOST_SETS):
+    for sets in (32, 512, 1024, 2048, select.MOST_SETS):
         yield Shipped(
             "select", f"bound {sets} sets", select.bound_kernel,
             _types({"best_ptr": "*fp32", "bound_ptr": "*fp32"}, "G K", "stride_bn"),
@@ -121,15 +123,15 @@ def _select() -> Iterator[Shipped]:
         {"BITS": select.HISTOGRAM_BITS, "BLOCK": select.HISTOGRAM_BLOCK, "BLOCKS": select.HISTOGRAM_BLOCKS},
         ("best_ptr", "histogram_ptr"), select.HISTOGRAM_WARPS,
     )
-    for r in (2, 3, 4):
+    for r, block in itertools.product((2, 3, 4), (32, 256, select.COLLECT_BLOCK)):
         pointers = {"best_ptr": "*fp32", "place_ptr": "*u8", "bound_ptr": "*fp32", "values_ptr": "*fp32",
                     "indices_ptr": "*i32", "counts_ptr": "*i32", "failed_ptr": "*i32", "n_failed_ptr": "*i32"}
         yield Shipped(
-            "select", f"collect r {r}", select.collect_kernel,
-            _types(pointers, "G SPAN C", "stride_br stride_bn"),
-            {"R": r, "MOST_FAILED": 32, "BLOCK": select.COLLECT_BLOCK}, tuple(pointers), select.COLLECT_WARPS,
+            "select", f"collect r {r} block {block}", select.collect_kernel,
+            _types(pointers, "G SPAN C MOST_FAILED", "stride_br stride_bn"),
+            {"R": r, "BLOCK": block}, tuple(pointers), select.COLLECT_WARPS,
         )
-    for slots, fired in itertools.product((128, 512, 2048), (False, True)):
+    for slots, fired in itertools.product((128, 256, 512, 1024, 2048), (False, True)):
         pointers = {"found_ptr": "*fp32", "features_ptr": "*i32", "n_found_ptr": "*i32", "n_failed_ptr": "*i32",
                     "values_ptr": "*fp32", "indices_ptr": "*i32", "counts_ptr": "*i32",
                     "fired_ptr": "*i32"}
@@ -149,19 +151,20 @@ def _repair_and_exact() -> Iterator[Shipped]:
         for odd in (False, True):
             yield Shipped(
                 "repair", f"{name}{' odd D' if odd else ''}", repair.repair_kernel,
-                _types(pointers, "F SPAN C", "stride_xn stride_wf"),
-                {"D": 507 if odd else WIDTH, "PRECISION": precision, "MOST_FAILED": 32, "BLOCK_D": repair.BLOCK_D},
+                _types(pointers, "F SPAN C MOST_FAILED", "stride_xn stride_wf"),
+                {"D": ODD_WIDTH if odd else WIDTH, "PRECISION": precision, "BLOCK_D": repair.BLOCK_D},
                 tuple(pointers) + (() if odd else ("stride_xn", "stride_wf")),
                 repair.NUM_WARPS, repair.NUM_STAGES,
             )
     for name in ("bf16", "fp16", "ieee"):  # of float32 there is one kernel: it has no product for tensor cores
         pointers = _operands(name) | {"n_found_ptr": "*i32", "n_failed_ptr": "*i32", "partial_ptr": "*i64"}
-        for block in (64, 128, 256, 512):
+        for block, odd in itertools.product((64, 128, 256, 512), (False, True)):
+            block_d, warps = exact.shape(block, name != "ieee")
             yield Shipped(
-                "exact", f"{name.replace('ieee', 'fp32')} {block} slots", exact.exact_kernel,
+                "exact", f"{name.replace('ieee', 'fp32')} {block} slots{' odd D' if odd else ''}", exact.exact_kernel,
                 _types(pointers, "F C MOST_FAILED PER_SPLIT", "stride_xn stride_wf"),
-                {"D": WIDTH, "B": block, "BLOCK_D": exact.shape(block, name != "ieee")[0]},
-                (*pointers, "stride_xn", "stride_wf"), exact.shape(block, name != "ieee")[1], exact.NUM_STAGES,
+                {"D": ODD_WIDTH if odd else WIDTH, "B": block, "BLOCK_D": block_d},
+                tuple(pointers) + (() if odd else ("stride_xn", "stride_wf")), warps, exact.NUM_STAGES,
             )
     for block in (64, 128, 256, 512):
         pointers = {"partial_ptr": "*i64", "n_found_ptr": "*i32", "n_failed_ptr": "*i32", "values_ptr": "*fp32",

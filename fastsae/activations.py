@@ -135,7 +135,7 @@ class TopK:
         k = min(cfg.aux_active, dead.numel())
         code = ops.encode_topk(rows, sae.encoder.weight, sae.encoder.bias, k, sae.centre, subset=dead)
         residual = (wanted - x_hat).detach()
-        return cfg.aux_coefficient * squared_error(ops.decode(code, sae.W_dec, cfg.backend), residual)
+        return cfg.aux_coefficient * squared_error(ops.decode(code, sae.W_dec, cfg.backend, check=False), residual)
 
 
 def activity(code: SparseCode) -> tuple[Tensor, Tensor]:
@@ -148,7 +148,7 @@ def activity(code: SparseCode) -> tuple[Tensor, Tensor]:
 
 def decode_rows(sae: SAE, code: SparseCode) -> Tensor:
     """x̂ [N, D] in the SAE's units."""
-    return ops.decode(code, sae.W_dec, sae.cfg.backend) + sae.b_dec
+    return ops.decode(code, sae.W_dec, sae.cfg.backend, check=False) + sae.b_dec
 
 
 RULES: dict[str, type[ReLU] | type[TopK]] = {"relu": ReLU, "topk": TopK}

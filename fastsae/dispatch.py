@@ -17,13 +17,18 @@ Backend = Literal["auto", "triton", "torch"]
 
 @dataclass
 class Capacity:
-    """The room that codes of variable length have taken so far, so that the kernels make the next one in one go.
+    """The room that codes of variable length have taken lately, so that the kernels make the next one in one go.
 
-    slots: entries of a row; groups: groups of a row that were computed in full. Both only grow.
+    slots: entries of a row; groups: groups of a row that are computed in full.
     """
 
     slots: int = 64
     groups: int = 32
+
+    def fit(self, slots: int, groups: int) -> None:
+        """Grows at once to half more than was needed, and shrinks to that by an eighth a time."""
+        self.slots = max(slots + slots // 2, self.slots - self.slots // 8, 8)
+        self.groups = max(groups + groups // 2, self.groups - self.groups // 8, 8)
 
 
 def check_encode(x: Tensor, weight: Tensor, bias: Tensor, centre: Tensor | None, check_finite: bool) -> None:
@@ -87,7 +92,10 @@ def _no_kernels(w: Tensor, product: bool, k: int) -> str | None:
     if k > gpu.MOST_K:
         return f"k of at most {gpu.MOST_K}, got {k}"
     if w.device.type == "cuda":
-        return None
+        if torch.version.hip is not None:
+            return f"an NVIDIA GPU, got {torch.cuda.get_device_name(w.device)}"
+        major, minor = torch.cuda.get_device_capability(w.device)
+        return None if major >= 8 else f"compute capability 8.0 or higher, got {major}.{minor}"
     if w.device.type != "cpu" or not gpu.interpreted():
         return f"a CUDA device, or TRITON_INTERPRET=1 in the environment to try it on the CPU; got {w.device}"
     if product and w.dtype == torch.bfloat16:

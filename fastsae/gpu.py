@@ -45,7 +45,7 @@ class TopK(NamedTuple):
 
 
 class Above(NamedTuple):
-    """values [N, C] fp32, indices [N, C] int32 in no order, counts [N] int32 ≤ C; unused slots hold 0."""
+    """values [N, C] fp32, indices [N, C] int32, counts [N] int32, of which C is the largest; unused slots hold 0."""
 
     values: Tensor
     indices: Tensor
@@ -83,10 +83,10 @@ def encode_topk(
     x: [N, D], weight: [F, D], bias: [F], centre: [D], of one dtype; 1 ≤ k ≤ min(F, MOST_K). fired: [F] int32, to which
     the number of rows in which each latent was chosen is added. Does not wait for the device.
     """
-    x, bias = _operands(x, bias, centre)
+    x, weight, bias = _operands(x, weight, bias, centre)
     if x.shape[0] == 0:
-        empty = x.new_zeros(0, dtype=torch.int32)
-        return TopK(x.new_zeros(0, k, dtype=torch.float32), empty.new_zeros(0, k), empty, Effort(empty, empty.bool()))
+        nothing = _nothing(x.device, k)
+        return TopK(*nothing, Effort(nothing.counts, nothing.counts.bool()))
     groups = _groups(x, weight, bias, kept_per_group(k, weight.shape[0]), encoder)
     bound = select.row_bound(groups, k)
     slots = slots_for(k)
@@ -106,9 +106,11 @@ def encode_above(
 
     For ReLU; for JumpReLU with −θ + bandwidth / 2 in the bias, when values are margins. Waits for the device, to learn
     whether there were slots enough: where not, the groups, which are kept, are collected again. capacity: where it
-    starts from, and where it leaves what it needed.
+    starts from, and where it leaves what it needed. Entries of a row are in no order.
     """
-    x, bias = _operands(x, bias, centre)
+    x, weight, bias = _operands(x, weight, bias, centre)
+    if x.shape[0] == 0:
+        return _nothing(x.device, 0)
     groups = _groups(x, weight, bias, 4, encoder)
     bound = torch.zeros(x.shape[0], dtype=torch.float32, device=x.device)
     return _all_above(x, weight, bias, groups, bound, capacity or Capacity(), most)
@@ -123,11 +125,10 @@ def encode_batchtopk(
     Of equal ones those of the first row, then of the lower feature. Entries of a row descend. Waits for the device, and
     uses capacity, as encode_above does.
     """
-    x, bias = _operands(x, bias, centre)
+    x, weight, bias = _operands(x, weight, bias, centre)
     N, F = x.shape[0], weight.shape[0]
     if N == 0:
-        empty = x.new_zeros(0, dtype=torch.int32)
-        return Above(x.new_zeros(0, 0, dtype=torch.float32), empty.new_zeros(0, 0), empty)
+        return _nothing(x.device, 0)
     total = N * k
     groups = _groups(x, weight, bias, kept_per_group(k, F), encoder)
     above = _all_above(x, weight, bias, groups, select.batch_bound(groups, total), capacity or Capacity(4 * k), F)
@@ -147,17 +148,26 @@ def encode_batchtopk(
     return Above(values[:, :slots] * used, indices[:, :slots] * used, counts.int())
 
 
-def _operands(x: Tensor, bias: Tensor, centre: Tensor | None) -> tuple[Tensor, Tensor]:
+def _operands(
+    x: Tensor, weight: Tensor, bias: Tensor, centre: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x − centre and weight with contiguous rows, which kernels take for granted, and the bias in fp32."""
     x = x if centre is None else x - centre
-    return x if x.stride(-1) == 1 or x.shape[1] == 1 else x.contiguous(), bias.float()
+    x, weight = (t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous() for t in (x, weight))
+    return x, weight, bias.float().contiguous()
+
+
+def _nothing(device: torch.device, slots: int) -> Above:
+    empty = torch.zeros(0, slots, device=device)
+    return Above(empty, empty.int(), torch.zeros(0, dtype=torch.int32, device=device))
 
 
 def _groups(x: Tensor, weight: Tensor, bias: Tensor, r: int, encoder: Encoder) -> encode.Groups:
     fits = encode.fits_fused(x, weight)
     if encoder == "fused" and not fits:
         raise DataError(
-            f"encoder='fused' needs rows that start at multiples of 16 bytes, got a width of {x.shape[1]} in {x.dtype} "
-            f"and strides {x.stride(0)} and {weight.stride(0)}; use encoder='auto' or 'chunked'"
+            f"encoder='fused' needs rows that lie multiples of 16 elements apart, and the first at one of 16 bytes; "
+            f"got x with stride {x.stride(0)} and weight with {weight.stride(0)}; use encoder='auto' or 'chunked'"
         )
     # Without tensor cores (float32 at "highest" precision) cuBLAS is the better product by far.
     fused = fits and (x.device.type != "cuda" or encode.product_kind(x.dtype) != "ieee")
@@ -171,8 +181,6 @@ def _all_above(
 ) -> Above | None:
     """The entries ≥ bound and > 0 in as many slots as the fullest row needs; None where one needs more than `most`."""
     r = groups.best.shape[0]
-    if x.shape[0] == 0:
-        return Above(*select.collect(groups, bound, 1, 1)[:3])
     while True:
         slots = min(capacity.slots, most)
         found = select.collect(groups, bound, slots, capacity.groups)
@@ -182,20 +190,12 @@ def _all_above(
         if least > most:
             return None
         if least > slots or failed > capacity.groups:
-            _grow(capacity, least, failed)
+            capacity.fit(least, failed)
             continue
         repair.repair(x, weight, bias, groups, bound, found)
         needed = int(found.counts.max())
         if needed > most:
             return None
+        capacity.fit(needed, failed)
         if needed <= slots:
-            return Above(found.values, found.indices, found.counts)
-        _grow(capacity, needed, failed)
-
-
-def _grow(capacity: Capacity, slots: int, groups: int) -> None:
-    """By half more than is needed, so that a code that grows from step to step is seldom made twice."""
-    if slots > capacity.slots:
-        capacity.slots = slots + slots // 2
-    if groups > capacity.groups:
-        capacity.groups = groups + groups // 2
+            return Above(found.values[:, :needed].contiguous(), found.indices[:, :needed].contiguous(), found.counts)

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from fastsae import cpu
 from fastsae.codes import SparseCode
-from fastsae.dispatch import Backend, Capacity, check_encode, check_k, use_triton
+from fastsae.dispatch import Backend, Capacity, check_encode, check_indices, check_k, use_triton
 from fastsae.errors import DataError
 
 
@@ -126,13 +126,19 @@ def encode_batchtopk(
     return _with_gradient(*found, x, weight, bias, centre)
 
 
-def decode(code: SparseCode, w_dec: Tensor, backend: Backend = "auto") -> Tensor:
+def decode(code: SparseCode, w_dec: Tensor, backend: Backend = "auto", check: bool = True) -> Tensor:
     """out[n] = Σ_k values[n, k] · w_dec[indices[n, k]], summed in fp32 (float64 in float64): [N, D] in w_dec's dtype.
 
     w_dec: [F, D]. Reads N·K·D + 2·N·K elements and writes N·D; backward the same again, and the [F, D] gradient.
-    Raises DataError if backend is "triton" and there are no kernels for these tensors. The range of indices is not
-    checked here, which would wait for the device; `SAE.decode` does.
+    check: whether to look at the range of the indices, which waits for the device; not needed for an encoder's code.
+
+    Raises DataError for indices that name no feature or w_dec of another size, and if backend is "triton" and there
+    are no kernels for these tensors.
     """
+    if w_dec.ndim != 2 or w_dec.shape[0] != code.d_sae:
+        raise DataError(f"expected w_dec [{code.d_sae}, D], a row for each feature, got {tuple(w_dec.shape)}")
+    if check:
+        check_indices(code)
     return _decode(code, w_dec, backend, False)[0]
 
 
@@ -142,8 +148,8 @@ def decode_error(
     """x̂ = decode + bias [N, D], the mean over rows of Σ_d (x̂ − target)² (0 for no rows), and l1.
 
     bias: [D], target: [N, D]; both have gradients. l1: [N], Σ_k values[n, k] · ‖w_dec[indices[n, k]]‖₂, here so that
-    w_dec has one gradient buffer; empty unless weighted. In kernels the error comes from the
-    decoder's own pass, from sums not yet rounded to w_dec's dtype.
+    w_dec has one gradient buffer; empty unless weighted. In kernels the error comes from the decoder's own pass, from
+    sums not yet rounded to w_dec's dtype.
     """
     if not use_triton(backend, w_dec):
         out, l1 = _decode(code, w_dec, backend, weighted)
@@ -224,8 +230,8 @@ def _order_of(code: SparseCode) -> _Order:
 
 def _sum_at(where: Tensor, what: Tensor, size: int, like: Tensor) -> Tensor:
     """out[f] = Σ of what[m] over where[m] = f: [size] in like's dtype, summed in fp32 or more."""
-    wide = torch.promote_types(like.dtype, torch.float32)
-    return torch.zeros(size, dtype=wide, device=like.device).index_add_(0, where, what.to(wide)).to(like.dtype)
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return torch.zeros(size, dtype=dtype, device=like.device).index_add_(0, where, what.to(dtype)).to(like.dtype)
 
 
 class _PreActivationsAt(torch.autograd.Function):
@@ -344,9 +350,9 @@ class _ReLUDense(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias, w_dec, centre)
         ctx.weighted = weighted
         rows = x if centre is None else x - centre
-        wide = torch.promote_types(x.dtype, torch.float32)
-        out = torch.zeros(x.shape[0], w_dec.shape[1], dtype=wide, device=x.device)
-        l1 = torch.zeros(x.shape[0], dtype=wide, device=x.device)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        out = torch.zeros(x.shape[0], w_dec.shape[1], dtype=dtype, device=x.device)
+        l1 = torch.zeros(x.shape[0], dtype=dtype, device=x.device)
         l0 = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
         fired = torch.zeros(weight.shape[0], dtype=torch.bool, device=x.device)
         for chunk in cpu.chunks(rows, weight, bias, cpu.by_columns(rows.shape[0], weight.shape[0])[1]):

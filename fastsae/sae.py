@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastsae import activations, checkpoint, ops
 from fastsae.codes import SparseCode
 from fastsae.config import SAEConfig
-from fastsae.dispatch import Capacity, check_indices
+from fastsae.dispatch import Capacity
 from fastsae.errors import ConfigError, DataError, TooDenseError
 
 
@@ -220,7 +220,6 @@ class SAE(nn.Module):
         if F != self.cfg.d_sae:
             raise DataError(f"expected latents [..., {self.cfg.d_sae}], got a last axis of {F}")
         if isinstance(f, SparseCode):
-            check_indices(f)
             rows = ops.decode(f, self.W_dec, backend=self.cfg.backend)
         else:
             rows = f.reshape(-1, F).to(self.dtype) @ self.W_dec

@@ -4,7 +4,7 @@ The epilogue adds the bias and keeps, of each group, the R largest entries and w
 What may have been hidden behind them is found by `select` (the certificate) and computed by `repair`.
 
 Two encoders write the same: `encode_fused`, one kernel; and `encode_chunked`, cuBLAS over chunks of features that stay
-in the L2 cache, and a pass over each chunk. The second takes any width; the first, rows of a multiple of 16 bytes.
+in the L2 cache, and a pass over each chunk. The second takes any width; the first, multiples of 16.
 
 Group g of G = ⌈F / 32⌉ holds features g, g + G, g + 2 G, …, not 32 neighbours. Matryoshka prefixes are then spread over
 all groups, and in a tile of 256 columns the 32 members of a group lie 8 columns apart, which in the layout of the
@@ -16,7 +16,7 @@ registers and an eighth of the traffic, and costs exact values, exact order and 
 N tokens, F dictionary size, D model width, G groups of 32 features, R entries kept of each.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -77,33 +77,23 @@ def keep_best(z, groups, rows, n_rows, n_groups, best_ptr, place_ptr, stride_br,
 
 
 @triton.jit
-def encode_kernel(
-    x_ptr, w_ptr, bias_ptr,  # [N, D], [F, D], [F]
-    best_ptr, place_ptr,  # [R, N, G], [R, N, G]
-    N, F, G,
-    stride_xn, stride_wf, stride_br, stride_bn,
-    D: tl.constexpr,  # so that the loop is a `for`, which is pipelined; the interpreter takes no other bounds in one
-    R: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, TOGETHER: tl.constexpr,
-):
-    GROUPS: tl.constexpr = BLOCK_F // 32
-    pid = tl.program_id(0)
-    tiles_n, tiles_f = tl.cdiv(N, BLOCK_N), tl.cdiv(G, GROUPS)
+def tile_of(pid, tiles_n, tiles_f, TOGETHER: tl.constexpr):
+    """Which tile a program makes: TOGETHER blocks of rows follow one another for a block of features."""
     first_n = (pid // (TOGETHER * tiles_f)) * TOGETHER
     together = tl.minimum(tiles_n - first_n, TOGETHER)
-    tile_n = first_n + (pid % (TOGETHER * tiles_f)) % together
-    tile_f = (pid % (TOGETHER * tiles_f)) // together
-    rows = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    column = tl.arange(0, BLOCK_F)
-    group = tile_f * GROUPS + column % GROUPS
-    features = group + (column // GROUPS) * G  # [BLOCK_F]
-    valid = (features < F) & (group < G)
-    # Rows and features past the end are computed from the first ones and never written: no mask in the loop.
-    x_rows = tl.where(rows < N, rows, 0).to(tl.int64)
-    w_rows = tl.where(valid, features, 0).to(tl.int64)
+    return first_n + (pid % (TOGETHER * tiles_f)) % together, (pid % (TOGETHER * tiles_f)) // together
+
+
+@triton.jit
+def product(
+    x_ptr, w_ptr, x_rows, w_rows, stride_xn, stride_wf,  # [N, D], [F, D], [BLOCK_N], [BLOCK_F]
+    # D is constant so that the loop is a `for`, which is pipelined; the interpreter takes no other bounds in one.
+    D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
+):
+    """⟨x[x_rows], w[w_rows]⟩ in fp32: [BLOCK_N, BLOCK_F]."""
     d = tl.arange(0, BLOCK_D)
-    x_at = x_ptr + x_rows[:, None] * stride_xn + d[None, :]
-    w_at = w_ptr + w_rows[:, None] * stride_wf + d[None, :]
+    x_at = x_ptr + x_rows.to(tl.int64)[:, None] * stride_xn + d[None, :]
+    w_at = w_ptr + w_rows.to(tl.int64)[:, None] * stride_wf + d[None, :]
     acc = tl.zeros([BLOCK_N, BLOCK_F], dtype=tl.float32)
     for start in range(0, D, BLOCK_D):
         x = tl.load(x_at, mask=d[None, :] < D - start, other=0.0)
@@ -111,6 +101,28 @@ def encode_kernel(
         acc = tl.dot(x, w.T, acc, input_precision=PRECISION)
         x_at += BLOCK_D
         w_at += BLOCK_D
+    return acc
+
+
+@triton.jit
+def encode_kernel(
+    x_ptr, w_ptr, bias_ptr,  # [N, D], [F, D], [F]
+    best_ptr, place_ptr,  # [R, N, G], [R, N, G]
+    N, F, G,
+    stride_xn, stride_wf, stride_br, stride_bn,
+    D: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, TOGETHER: tl.constexpr,
+):
+    GROUPS: tl.constexpr = BLOCK_F // 32
+    tile_n, tile_f = tile_of(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(G, GROUPS), TOGETHER)
+    rows = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    column = tl.arange(0, BLOCK_F)
+    group = tile_f * GROUPS + column % GROUPS
+    features = group + (column // GROUPS) * G  # [BLOCK_F]
+    valid = (features < F) & (group < G)
+    # Rows and features past the end are computed from the first ones and never written: no mask for them in the loop.
+    acc = product(x_ptr, w_ptr, tl.where(rows < N, rows, 0), tl.where(valid, features, 0), stride_xn, stride_wf,
+                  D, PRECISION, BLOCK_N, BLOCK_F, BLOCK_D)
     acc += tl.load(bias_ptr + features, mask=valid, other=float("-inf"))[None, :]
     z = tl.reshape(acc, [BLOCK_N, 32, GROUPS])
     groups = tile_f * GROUPS + tl.arange(0, GROUPS)
@@ -160,33 +172,41 @@ def product_kind(dtype: torch.dtype) -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
+def input_precision(dtype: torch.dtype) -> str:
+    """tl.dot's input_precision for a dtype. Half precision ignores it."""
+    return "ieee" if product_kind(dtype) == "ieee" else "tf32"
+
+
+def tile_options(x: Tensor) -> dict[str, Any]:
+    """The tile for x's device and dtype, as arguments of a launch."""
+    tile = TILES[generation(x.device)][product_kind(x.dtype)]
+    return {**tile._asdict(), "TOGETHER": TILES_N_TOGETHER, "PRECISION": input_precision(x.dtype)}
+
+
 def fits_fused(x: Tensor, weight: Tensor) -> bool:
-    """Whether rows start at multiples of 16 bytes, which asynchronous copies need."""
-    size = x.element_size()
-    rows = (x.data_ptr(), weight.data_ptr(), x.stride(0) * size, weight.stride(0) * size, x.shape[1] * size)
-    return all(start % 16 == 0 for start in rows)
+    """Whether rows start at multiples of 16 bytes and lie multiples of 16 elements apart.
+
+    Triton looks for these two when a kernel is launched. Without them it loads elements one by one, not by
+    asynchronous copies, and the tiles spill.
+    """
+    return all(t.data_ptr() % 16 == 0 and t.stride(0) % 16 == 0 for t in (x, weight))
 
 
-def encode_fused(
-    x: Tensor, weight: Tensor, bias: Tensor, r: int, tile: Tile | None = None
-) -> Groups:
+def encode_fused(x: Tensor, weight: Tensor, bias: Tensor, r: int) -> Groups:
     """The r best of every group of x · weightᵀ + bias. x: [N, D] and weight: [F, D] of one dtype, bias: [F] fp32.
 
     Unchecked: rows contiguous and aligned, see `fits_fused`. Writes 5 r N F / 32 bytes.
     """
     (N, D), F = x.shape, weight.shape[0]
     G = triton.cdiv(F, GROUP)
-    kind = product_kind(x.dtype)
-    tile = TILES[generation(x.device)][kind] if tile is None else tile
     found = _empty(r, N, G, G, x.device)
-    grid = (triton.cdiv(N, tile.BLOCK_N) * triton.cdiv(G, tile.BLOCK_F // GROUP),)
+    options = tile_options(x)
+    grid = (triton.cdiv(N, options["BLOCK_N"]) * triton.cdiv(G, options["BLOCK_F"] // GROUP),)
     with torch.cuda.device_of(x):
         encode_kernel[grid](
             x, weight, bias, found.best, found.place,
             N, F, G, x.stride(0), weight.stride(0), found.best.stride(0), found.best.stride(1),
-            D=D, R=r, PRECISION="ieee" if kind == "ieee" else "tf32",
-            BLOCK_N=tile.BLOCK_N, BLOCK_F=tile.BLOCK_F, BLOCK_D=tile.BLOCK_D, TOGETHER=TILES_N_TOGETHER,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            D=D, R=r, **options,
         )
     return found
 
@@ -218,12 +238,11 @@ def encode_chunked(x: Tensor, weight: Tensor, bias: Tensor, r: int) -> Groups:
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x · weightᵀ + bias in fp32: in bf16, neighbours of a row's K-th entry would be rounded onto it."""
-    if x.dtype == torch.float32:
-        return torch.addmm(bias, x, weight.T)
-    if x.device.type == "cuda":
-        return torch.mm(x, weight.T, out_dtype=torch.float32).add_(bias)
-    return torch.addmm(bias, x.float(), weight.float().T)
+    """x · weightᵀ + bias in fp32, under autocast too: bf16 would round neighbours of a row's K-th entry onto it."""
+    with torch.autocast(x.device.type, enabled=False):
+        if x.dtype != torch.float32 and x.device.type == "cuda":
+            return torch.mm(x, weight.T, out_dtype=torch.float32).add_(bias)
+        return torch.addmm(bias, x.float(), weight.float().T)
 
 
 def _empty(r: int, n: int, groups: int, span: int, device: torch.device) -> Groups:

@@ -12,18 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsae.kernels.select import Found, order_key, write_best
+from fastsae.kernels.select import Found, is_open, order_key, write_best
 
 MOST_K = 512
 NUM_STAGES = 2
 MOST_SPLITS = 8
 PARTIAL_BYTES = 64 << 20  # of what splits pass on; fewer splits where N and K are large
-
-
-@triton.jit
-def is_open(n, n_found_ptr, n_failed_ptr, C, MOST_FAILED):
-    """Whether `finish` has left row n."""
-    return (tl.load(n_found_ptr + n) > C) | (tl.load(n_failed_ptr + n) > MOST_FAILED)
 
 
 @triton.jit
@@ -67,8 +61,7 @@ def exact_kernel(
         while start < stop:
             features = start + tl.arange(0, B)
             valid = features < stop
-            z = row_dots(x_ptr + n * stride_xn, w_ptr, bias_ptr, features, valid, stride_wf,
-                         D, B, BLOCK_D)
+            z = row_dots(x_ptr + n * stride_xn, w_ptr, bias_ptr, features, valid, stride_wf, D, B, BLOCK_D)
             keys = order_key(z, features)
             if tl.max(keys, axis=0) > tl.min(best, axis=0):
                 best = best_of_both(best, keys, B)
@@ -99,7 +92,7 @@ def exact_merge_kernel(
 def shape(block: int, half: bool) -> tuple[int, int]:
     """BLOCK_D and warps for B = block. With others the assembler spills a few bytes: see bench compile."""
     if half:
-        return (16, 2 if block == 512 else 4)
+        return (8, 8) if block == 512 else (16, 4)
     return {64: (16, 8), 128: (32, 4), 256: (32, 8), 512: (16, 8)}[block]
 
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsae.kernels.encode import Groups, feature_of, product_kind
+from fastsae.kernels.encode import Groups, feature_of, input_precision
 from fastsae.kernels.select import Found
 
 BLOCK_D = 64
@@ -49,9 +49,9 @@ def one_group(x_ptr, w_ptr, bias_ptr, features, valid, stride_wf,
 def repair_kernel(
     x_ptr, w_ptr, bias_ptr, bound_ptr, failed_ptr, n_failed_ptr,  # as in encode and select
     values_ptr, indices_ptr, counts_ptr,  # [N, C], [N, C], [N]: read and written
-    F, SPAN, C,
+    F, SPAN, C, MOST_FAILED,
     stride_xn, stride_wf,
-    D: tl.constexpr, PRECISION: tl.constexpr, MOST_FAILED: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     n = tl.program_id(0).to(tl.int64)
     n_failed = tl.load(n_failed_ptr + n)
@@ -81,7 +81,6 @@ def repair(x: Tensor, weight: Tensor, bias: Tensor, groups: Groups, bound: Tenso
         repair_kernel[(N,)](
             x, weight, bias, bound, found.failed, found.n_failed,
             found.values, found.indices, found.counts,
-            F, groups.span, found.values.shape[1], x.stride(0), weight.stride(0),
-            D=D, PRECISION="ieee" if product_kind(x.dtype) == "ieee" else "tf32",
-            MOST_FAILED=found.failed.shape[1], BLOCK_D=BLOCK_D, num_warps=NUM_WARPS, num_stages=NUM_STAGES,
+            F, groups.span, found.values.shape[1], found.failed.shape[1], x.stride(0), weight.stride(0),
+            D=D, PRECISION=input_precision(x.dtype), BLOCK_D=BLOCK_D, num_warps=NUM_WARPS, num_stages=NUM_STAGES,
         )

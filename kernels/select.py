@@ -75,9 +75,9 @@ def histogram_kernel(
 def collect_kernel(
     best_ptr, place_ptr, bound_ptr,  # [R, N, G], [R, N, G], [N]
     values_ptr, indices_ptr, counts_ptr, failed_ptr, n_failed_ptr,  # [N, C], [N, C], [N], [N, MOST_FAILED], [N]
-    G, SPAN, C,
+    G, SPAN, C, MOST_FAILED,
     stride_br, stride_bn,
-    R: tl.constexpr, MOST_FAILED: tl.constexpr, BLOCK: tl.constexpr,
+    R: tl.constexpr, BLOCK: tl.constexpr,
 ):
     n = tl.program_id(0).to(tl.int64)
     bound = tl.load(bound_ptr + n)
@@ -117,6 +117,12 @@ def collect_kernel(
 
 
 @triton.jit
+def is_open(n, n_found_ptr, n_failed_ptr, C, MOST_FAILED):
+    """Whether row n has more entries or more failed groups than there is room for, and is left to `exact`."""
+    return (tl.load(n_found_ptr + n) > C) | (tl.load(n_failed_ptr + n) > MOST_FAILED)
+
+
+@triton.jit
 def order_key(value, feature):
     """int64 that orders entries by value, then by lower feature; 0 for what is not positive."""
     bits = value.to(tl.int32, bitcast=True).to(tl.int64)
@@ -144,8 +150,8 @@ def finish_kernel(
     HAS_FIRED: tl.constexpr, C: tl.constexpr,
 ):
     n = tl.program_id(0).to(tl.int64)
-    number = tl.load(n_found_ptr + n)
-    if (number <= C) & (tl.load(n_failed_ptr + n) <= MOST_FAILED):  # else the row is `exact`'s
+    if not is_open(n, n_found_ptr, n_failed_ptr, C, MOST_FAILED):
+        number = tl.load(n_found_ptr + n)
         slot = tl.arange(0, C)
         value = tl.load(found_ptr + n * C + slot, mask=slot < number, other=0.0)
         feature = tl.load(features_ptr + n * C + slot, mask=slot < number, other=0)
@@ -220,9 +226,9 @@ def collect(groups: Groups, bound: Tensor, slots: int, most_failed: int) -> Foun
     block = min(triton.next_power_of_2(G), COLLECT_BLOCK)
     with torch.cuda.device_of(bound):
         collect_kernel[(N,)](
-            groups.best, groups.place, bound, *found, G, groups.span, slots,
+            groups.best, groups.place, bound, *found, G, groups.span, slots, most_failed,
             groups.best.stride(0), groups.best.stride(1),
-            R=R, MOST_FAILED=most_failed, BLOCK=block, num_warps=COLLECT_WARPS,
+            R=R, BLOCK=block, num_warps=COLLECT_WARPS,
         )
     return found
 

@@ -1,6 +1,5 @@
 """What the tests of the encoder share: operands, and how a code is held against float64."""
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -47,6 +46,6 @@ def topk(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> Tensor:
     return reference.encode_topk(x.double(), weight.double(), bias.double(), k)
 
 
-def requires_fit(encoder: str, D: int) -> None:
-    if encoder == "fused" and D % 4:
-        pytest.skip("rows of the fused encoder start at multiples of 16 bytes")
+def with_encoders(*sizes: tuple) -> list[tuple]:
+    """Each size (N, D, …) with each encoder that takes its D."""
+    return [(*size, encoder) for size in sizes for encoder in ENCODERS if encoder == "chunked" or size[1] % 16 == 0]

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
-import fastsae  # noqa: E402
-from fastsae import cpu, gpu, ops  # noqa: E402
+import fastsae
+from fastsae import cpu, gpu, ops
+from fastsae.codes import SparseCode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPTIONS = [{"activation": "topk", "k": 4}, {"activation": "relu", "l1_coefficient": 1.0}]
@@ -41,9 +42,9 @@ def launches(monkeypatch) -> list[str]:
 
 
 def make(options: dict, backend: str, **more) -> tuple[fastsae.SAE, torch.Tensor]:
-    sae = fastsae.SAE(d_in=8, d_sae=64, **options, backend=backend, device=DEVICE, **more)
+    sae = fastsae.SAE(d_in=16, d_sae=64, **options, backend=backend, device=DEVICE, **more)
     sae.b_enc.data -= 0.5
-    return sae, torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    return sae, torch.randn(5, 3, 16, generator=torch.Generator().manual_seed(0)).to(DEVICE)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -96,6 +97,8 @@ def test_auto_takes_torch_on_the_cpu(launches):
         (lambda x, w, b: ops.encode_topk(x / 0, w, b, 4, check_finite=True), "6 of 6 rows with NaN or infinity"),
         (lambda x, w, b: ops.encode_topk(x.double(), w.double(), b.double(), 4, backend="triton"), "got torch.float64"),
         (lambda x, w, b: gpu.encode_topk(x[:, 1:], w[:, 1:].contiguous(), b, 4, encoder="fused"), "16 bytes"),
+        (lambda x, w, b: ops.decode(SparseCode(x, x.int(), 50), w[:9]), r"w_dec \[50, D\].*got \(9, 4\)"),
+        (lambda x, w, b: ops.decode(SparseCode(x, x.int() + 50, 50), w), "indices in 0 … 49"),
     ],
 )
 def test_bad_input_is_one_clear_error_before_any_kernel(call, message, launches):
