@@ -1,46 +1,50 @@
-"""What torch allocates while some code runs, as seen from the outputs of every operation, backward pass included."""
+"""What torch allocates on the CPU while some code runs, inside its operations too, backward pass included."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.profiler import ProfilerActivity, profile
 
 
-class Watch(TorchDispatchMode):
-    """`with Watch(*kept) as watch:` notes every tensor that an operation returns.
+class Watch:
+    """`with Watch() as watch:` notes every allocation of torch's CPU allocator, by its profiler.
 
-    kept: tensors whose storage is not counted. ignore: shapes that are not counted either, for parameter gradients.
-    largest: the most elements that any one tensor spanned in its storage, and its operation and shape. peak: the most
-    bytes that were alive at one time in new storages. What an operation allocates inside and frees is not seen.
+    ignore: sizes in bytes that are not counted, for parameter gradients. largest: the bytes of the largest allocation,
+    and the operation that made it. peak: the most bytes that were alive at one time, of those allocated meanwhile.
     """
 
-    def __init__(self, *kept: Tensor, ignore: tuple[tuple[int, ...], ...] = ()) -> None:
-        super().__init__()
-        self.kept = {t.untyped_storage()._cdata for t in kept}
-        self.ignore = ignore
-        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.largest = 0
+    def __init__(self, ignore: Iterable[int] = ()) -> None:
+        self.ignore = set(ignore)
+        self.largest = self.peak = 0
         self.largest_is = ""
-        self.peak = 0
+        self.profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tuple(tensor.shape) not in self.ignore:
-                self._note(tensor, func)
-        return result
+    def __enter__(self) -> Watch:
+        self.profile.__enter__()
+        return self
 
-    def _note(self, tensor: Tensor, func: Any) -> None:
-        storage = tensor.untyped_storage()
-        if storage._cdata in self.kept:
-            return
-        elements = storage.nbytes() // tensor.element_size()
-        if elements > self.largest:
-            self.largest, self.largest_is = elements, f"{func} → {tuple(tensor.shape)}"
-        self.alive = {key: entry for key, entry in self.alive.items() if not entry[0].expired()}
-        self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+    def __exit__(self, *error: Any) -> None:
+        self.profile.__exit__(*error)
+        profiler: Any = self.profile.profiler
+        events = _all(profiler.kineto_results.experimental_event_tree())
+        found = [e for e in events if type(e.extra_fields).__name__ == "_ExtraFields_Allocation"]
+        alive: dict[int, int] = {}
+        now = 0
+        for event in sorted(found, key=lambda e: e.start_time_ns):
+            size, address = event.extra_fields.alloc_size, event.extra_fields.ptr
+            if size > 0 and size not in self.ignore:
+                alive[address] = size
+                now += size
+                if size > self.largest:
+                    self.largest, self.largest_is = size, event.parent.name if event.parent else "outside of operations"
+            elif size < 0:
+                now -= alive.pop(address, 0)  # what was there before is freed without being counted
+            self.peak = max(self.peak, now)
+
+
+def _all(events: Iterable[Any]) -> Iterator[Any]:
+    for event in events:
+        yield event
+        yield from _all(event.children)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench import naive, step
 from bench.checks import check_decode
 from bench.encoders import encode_cases
-from bench.shapes import LARGEST_STEP, Call, Case, Shape
+from bench.shapes import Call, Case, Shape
+from bench.steps import step_cases
 
 
 def ceilings() -> Iterator[Case]:
@@ -23,17 +22,14 @@ def ceilings() -> Iterator[Case]:
 
 
 def all_cases(shapes: list[Shape], dtypes: tuple[torch.dtype, ...]) -> Iterator[Case]:
-    """Per dtype and shape the encoder's product, the encoder, decode, and at the end whole steps: the order in which
-    they are missed if time runs out."""
+    """Per dtype and shape the encoder's product, the encoder, decode, the backward pass and whole steps; what is most
+    wanted first, so that it is there if time runs out."""
     for dtype in dtypes:
         for shape in shapes:
             yield _encoder_case(shape, dtype)
             yield from encode_cases(shape, dtype)
             yield from _decode_cases(shape, dtype)
-    for shape in shapes:
-        if shape.N * shape.F <= LARGEST_STEP and 2 * shape.F * shape.D <= LARGEST_STEP:
-            for dtype in dtypes:
-                yield from _step_cases(shape, dtype)
+            yield from step_cases(shape, dtype)
 
 
 def _copy(device: torch.device) -> Call:
@@ -108,27 +104,3 @@ def _decode_cases(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
     yield Case("decode", "Triton, uneven", shape, dtype, uneven)
     yield Case("decode", "Triton, error", shape, dtype, with_error, traffic=least + 2 * size * shape.N * shape.D)
     yield Case("decode", "embedding_bag", shape, dtype, by_torch, traffic=least)
-
-
-def _step_cases(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
-    for activation in ("topk", "relu"):
-        yield Case("step", f"fastsae {activation}", shape, dtype,
-                   lambda device, activation=activation: _fastsae_step(shape, dtype, device, activation))
-    yield Case("step", "naive dense ReLU + L1", shape, dtype, lambda device: _naive_step(shape, dtype, device))
-
-
-def _fastsae_step(shape: Shape, dtype: torch.dtype, device: torch.device, activation: str) -> Call:
-    from fastsae.sae import SAE
-
-    name: Any = str(dtype).removeprefix("torch.")
-    sae = SAE(d_in=shape.D, d_sae=shape.F, activation=activation, k=shape.K, dtype=name, device=device)
-    if activation == "relu":
-        # Pre-activations of unit rows on x ~ N(0, 1) are N(0, 1): this bias leaves K of F above 0.
-        threshold = torch.special.ndtri(torch.tensor(1 - shape.K / shape.F, dtype=torch.float64))
-        sae.b_enc.data.fill_(-float(threshold))
-    return step.step(sae, torch.randn(shape.N, shape.D, device=device, dtype=dtype))
-
-
-def _naive_step(shape: Shape, dtype: torch.dtype, device: torch.device) -> Call:
-    sae = naive.NaiveSAE(shape.D, shape.F, dtype, device)
-    return naive.step(sae, torch.randn(shape.N, shape.D, device=device, dtype=dtype))

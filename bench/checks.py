@@ -142,8 +142,9 @@ def step_checks(device: torch.device) -> list[dict[str, Any]]:
     from fastsae.sae import SAE
 
     rows = []
-    for activation in ("topk", "relu"):
-        options: Any = {"d_in": 48, "d_sae": 512, "activation": activation, "k": 8, "l1_coefficient": 0.1, "seed": 3}
+    for activation in ("topk", "relu", "batchtopk", "jumprelu"):
+        options: Any = {"d_in": 48, "d_sae": 512, "activation": activation, "k": 8, "l1_coefficient": 0.1, "seed": 3,
+                        "init_threshold": 0.5, "bandwidth": 0.2}  # fmt: skip
         sae, exact = SAE(**options, device=device), SAE(**options, dtype="float64")
         exact.load_state_dict({name: value.double().cpu() if value.is_floating_point() else value.cpu()
                                for name, value in sae.state_dict().items()})
@@ -166,4 +167,51 @@ def step_checks(device: torch.device) -> list[dict[str, Any]]:
                 ours, theirs = ours.detach().double().cpu(), theirs.detach()
                 error = float((ours - theirs).norm() / theirs.norm().clamp_min(1e-30))
             rows.append({"op": "step", "case": f"{activation} {name}", "error": error, "passed": error < 1e-4})
+    return rows
+
+
+def no_wait_checks(device: torch.device) -> list[dict[str, Any]]:
+    """On a GPU: a step of each rule that promises not to wait does not, and can be captured in a CUDA graph whose
+    replay gives the same bits; {op, case, error (of the graph's gradients), passed}."""
+    from fastsae.sae import SAE
+
+    rows: list[dict[str, Any]] = []
+    if device.type != "cuda":
+        return rows
+    for activation in ("topk", "relu", "jumprelu"):
+        options: Any = {"activation": activation, "k": 8, "max_l0": 512, "init_threshold": 0.5}
+        sae = SAE(d_in=64, d_sae=512, **options, device=device)
+        x = torch.randn(128, 64, device=device)
+
+        def step(sae: SAE = sae, x: Tensor = x) -> None:
+            sae.zero_grad(set_to_none=True)
+            sae.loss(x).loss.backward()
+
+        for _ in range(4):  # compiles, and learns how much room a code takes
+            step()
+        torch.cuda.synchronize()
+        case, error, passed = f"{activation} does not wait", 0.0, True
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        except RuntimeError as problem:
+            case, passed = f"{case}: {problem}", False
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        rows.append({"op": "step", "case": case, "error": error, "passed": passed})
+        wanted = [p.grad.clone() for p in sae.parameters() if p.grad is not None]
+        case = f"{activation} in a CUDA graph"
+        try:
+            graph = torch.cuda.CUDAGraph()
+            sae.zero_grad(set_to_none=True)
+            with torch.cuda.graph(graph):
+                sae.loss(x).loss.backward()
+            graph.replay()
+            torch.cuda.synchronize()
+            found = [p.grad for p in sae.parameters() if p.grad is not None]
+            error = max(float((a - b).abs().max()) for a, b in zip(found, wanted, strict=True))
+            passed = error == 0
+        except RuntimeError as problem:
+            case, error, passed = f"{case}: {problem}", float("nan"), False
+        rows.append({"op": "step", "case": case, "error": error, "passed": passed})
     return rows

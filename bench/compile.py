@@ -59,6 +59,7 @@ def compile_for(item: Shipped, capability: int) -> Resources:
     )
     start = time.perf_counter()
     options = {"num_warps": item.num_warps, "num_stages": item.num_stages}
+    options |= {} if item.maxnreg is None else {"maxnreg": item.maxnreg}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     registers, stack = _usage(compiled.asm["cubin"])
     return Resources(

@@ -68,16 +68,18 @@ def effort(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, 
 
 def _encode(shape: Shape, dtype: torch.dtype, device: torch.device, rule: str, encoder: Any) -> Call:
     from fastsae import gpu
+    from fastsae.capacity import Capacity
 
     given = Inputs(shape, dtype, device)
     x, weight = given.x, given.weight
     most = shape.F // 8 + 1
+    relu, jump = Capacity(), Capacity()
+    band = given.sparse_bias.float() + 0.05  # JumpReLU with a band of a tenth: its kernels are those of ReLU
     bias, call = {
         "topk": (given.bias, lambda: gpu.encode_topk(x, weight, given.bias, shape.K, encoder=encoder)),
-        "relu": (given.sparse_bias, lambda: gpu.encode_above(x, weight, given.sparse_bias, most, encoder=encoder)),
-        # What JumpReLU adds in the kernels is in its bias; this is the cost with a band of a tenth around thresholds.
-        "jumprelu": (given.sparse_bias + 0.05,
-                     lambda: gpu.encode_above(x, weight, given.sparse_bias + 0.05, most, encoder=encoder)),
+        "relu": (given.sparse_bias,
+                 lambda: gpu.encode_above(x, weight, given.sparse_bias, most, encoder=encoder, capacity=relu)),
+        "jumprelu": (band, lambda: gpu.encode_above(x, weight, band, most, encoder=encoder, capacity=jump)),
         "batchtopk": (given.bias, lambda: gpu.encode_batchtopk(x, weight, given.bias, shape.K, encoder=encoder)),
     }[rule]  # fmt: skip
     found = call()

@@ -85,7 +85,8 @@ class _Run:
     def check(self) -> None:
         for op, ask, unit in (("decode", checks.decode_checks, "of what rounding allows"),
                               ("encode", checks.encode_checks, "of what rounding allows"),
-                              ("step", checks.step_checks, "relative, float32")):
+                              ("step", checks.step_checks, "relative, float32"),
+                              ("no wait", checks.no_wait_checks, "difference of a graph's replay")):
             try:
                 rows = ask(self.device)
             except Exception as error:  # a kernel that does not even run is one wrong check, not the end
@@ -126,7 +127,7 @@ class _Run:
             found["tflop_per_s"] = case.operations / ms / 1e9
         if case.traffic and not self.dry:
             found["gb_per_s"] = case.traffic / ms / 1e6
-        if case.op in ("step", "encode", "part", "gemm", "encode + decode"):
+        if case.op not in ("copy", "matmul", "encoder"):
             key = case.row()
             for row in self.rows:
                 same = all(row[name] == key[name] for name in ("shape", "dtype"))

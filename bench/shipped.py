@@ -27,6 +27,7 @@ class Shipped:
     num_warps: int
     num_stages: int = 3
     capabilities: tuple[int, ...] = ()  # where it is used; empty: everywhere
+    maxnreg: int | None = None  # registers a thread that the assembler may use, where it is told
 
 
 def shipped() -> Iterator[Shipped]:
@@ -34,6 +35,8 @@ def shipped() -> Iterator[Shipped]:
     yield from _encode()
     yield from _select()
     yield from _repair_and_exact()
+    yield from _weight_grad()
+    yield from _dense_rows()
 
 
 def _types(pointers: dict[str, str], sizes: str, strides: str) -> dict[str, str]:
@@ -159,7 +162,7 @@ def _repair_and_exact() -> Iterator[Shipped]:
     for name in ("bf16", "fp16", "ieee"):  # of float32 there is one kernel: it has no product for tensor cores
         pointers = _operands(name) | {"n_found_ptr": "*i32", "n_failed_ptr": "*i32", "partial_ptr": "*i64"}
         for block, odd in itertools.product((64, 128, 256, 512), (False, True)):
-            block_d, warps = exact.shape(block, name != "ieee")
+            block_d, warps = exact.shape(block, name != "ieee", not odd)
             yield Shipped(
                 "exact", f"{name.replace('ieee', 'fp32')} {block} slots{' odd D' if odd else ''}", exact.exact_kernel,
                 _types(pointers, "F C MOST_FAILED PER_SPLIT", "stride_xn stride_wf"),
@@ -172,5 +175,96 @@ def _repair_and_exact() -> Iterator[Shipped]:
         yield Shipped(
             "exact", f"merge {block} slots", exact.exact_merge_kernel,
             _types(pointers, "C MOST_FAILED K SPLITS", ""),
-            {"HAS_FIRED": True, "B": block}, tuple(pointers), exact.shape(block, False)[1],
+            {"HAS_FIRED": True, "B": block}, tuple(pointers), exact.shape(block, False, True)[1],
         )
+
+
+def _weight_grad() -> Iterator[Shipped]:
+    from fastsae.kernels import weight_grad
+
+    widths = {"": weight_grad.WIDEST, " D 512": 512, " odd D": ODD_WIDTH}
+    # Of the penalties: none (TopK), weighted L1, and JumpReLU with a gradient of the values besides, which is all of
+    # them.
+    kinds = {"": (), " L1": ("HAS_L1", "HAS_NORMS"), " JumpReLU": ("HAS_D_VALUES", "HAS_L0", "HAS_THETA")}
+    for dtype, kind, width, dots in itertools.product(("fp32", "bf16", "fp16"), kinds, widths, (False, True)):
+        if dots and width not in ("", " odd D"):
+            continue
+        flags = {f"HAS_{name}": f"HAS_{name}" in kinds[kind] for name in ("NORMS", "THETA")}
+        more = {f"HAS_{name}": f"HAS_{name}" in kinds[kind] for name in ("D_VALUES", "L1", "L0")}
+        own = f"*{dtype}"
+        unused = "*i64"
+        theta, norms = (own if flags[f"HAS_{name}"] else unused for name in ("THETA", "NORMS"))
+        d_values, l1, l0 = ("*fp32" if more[f"HAS_{name}"] else unused for name in ("D_VALUES", "L1", "L0"))
+        ends = {"d_w_ptr": own, "d_weight_ptr": own, "d_bias_ptr": own, "d_theta_ptr": theta}
+        given = {"w_ptr": own, "norms_ptr": norms}
+        sums = {"partial_ptr": "*fp32", "scalars_ptr": "*fp32"}
+        pointers = given | sums | ends | {
+            "pieces_ptr": "*i64", "order_ptr": "*i64", "values_ptr": "*fp32", "g_ptr": own, "x_ptr": own,
+            "dots_ptr": "*fp32" if dots else unused, "d_values_ptr": d_values, "l1_ptr": l1, "l0_ptr": l0,
+            "theta_ptr": theta, "d_pre_ptr": "*fp32",
+        }  # fmt: skip
+        D = widths[width]
+        block_d = min(1 << (D - 1).bit_length(), weight_grad.SLICE if dots else D * 2)
+        size = {"BLOCK_D": block_d}
+        whole = ("D",) if D % 16 == 0 else ()
+        yield Shipped(
+            "weight_grad", f"{dtype}{kind}{width}{' dots' if dots else ''}", weight_grad.weight_grad_kernel,
+            _types(pointers, "F K D", "stride_gn stride_xn stride_wf") | {"bandwidth": "fp32"},
+            flags | more | size | {"TOGETHER": weight_grad.TOGETHER, "HAS_DOTS": dots},
+            (*pointers, *whole, *(("stride_gn", "stride_xn", "stride_wf") if whole else ())),
+            weight_grad.warps(block_d, 8 if dots else 16),
+        )
+        if dots:
+            continue
+        pointers = {"split_ptr": "*i64"} | sums | given | ends
+        yield Shipped(
+            "weight_grad", f"reduce {dtype}{kind}{width}", weight_grad.reduce_kernel,
+            _types(pointers, "D", "stride_wf"), flags | size,
+            (*pointers, *whole, *(("stride_wf",) if whole else ())), weight_grad.warps(block_d, 8),
+        )
+    for dtype, counts, odd in itertools.product(("fp32", "bf16", "fp16"), (False, True), (False, True)):
+        own = f"*{dtype}"
+        pointers = {"indices_ptr": "*i32", "counts_ptr": "*i32", "g_ptr": own, "w_ptr": own, "dots_ptr": "*fp32"}
+        yield Shipped(
+            "weight_grad", f"dots {dtype}{' counts' if counts else ''}{' odd D' if odd else ''}",
+            weight_grad.dots_kernel, _types(pointers, "K D", "stride_gn stride_wf"),
+            {"HAS_COUNTS": counts, "BLOCK_K": weight_grad.DOTS_K, "BLOCK_D": weight_grad.DOTS_D},
+            (*pointers, *(() if odd else ("D", "stride_gn", "stride_wf"))), weight_grad.DOTS_WARPS,
+        )
+
+
+def _dense_rows() -> Iterator[Shipped]:
+    from fastsae.kernels import dense_rows
+
+    kinds = {"": (), " L1": ("HAS_L1", "HAS_NORMS"), " JumpReLU": ("HAS_L0", "HAS_THETA")}
+    blocks = {"BLOCK_N": dense_rows.BLOCK_N, "BLOCK_F": dense_rows.BLOCK_F, "BLOCK_D": dense_rows.BLOCK_D,
+              "SLICE": dense_rows.SLICE}  # fmt: skip
+    for (name, (_, precision)), kind, odd in itertools.product(INPUTS.items(), kinds, (False, True)):
+        own = _operands(name)["x_ptr"]
+        has = {flag: flag in kinds[kind] for flag in ("HAS_THETA", "HAS_NORMS")}
+        pulls = {flag: flag in kinds[kind] for flag in ("HAS_L1", "HAS_L0")}
+        theta, norms, l1, l0 = (
+            kind_of if {**has, **pulls}[flag] else "*i32"
+            for flag, kind_of in (("HAS_THETA", own), ("HAS_NORMS", own), ("HAS_L1", "*fp32"), ("HAS_L0", "*fp32"))
+        )
+        common = {"list_ptr": "*i32", "n_list_ptr": "*i32", "x_ptr": own, "w_ptr": own, "bias_ptr": own,
+                  "theta_ptr": theta, "w_dec_ptr": own, "norms_ptr": norms}  # fmt: skip
+        forward = common | {"b_dec_ptr": own, "target_ptr": own, "out_ptr": own, "residual_ptr": own, "l1_ptr": "*fp32",
+                            "l0_ptr": "*fp32", "fired_ptr": "*i32"}  # fmt: skip
+        backward = common | {"g_ptr": own, "l1_ptr": l1, "l0_ptr": l0}
+        weights = backward | {"d_w_dec_ptr": own, "d_w_ptr": own, "d_bias_ptr": own, "d_theta_ptr": theta}
+        constants = {"D": ODD_WIDTH if odd else WIDTH, "PRECISION": precision} | blocks
+        for kernel, pointers, sizes, strides, flags in (
+            (dense_rows.forward_kernel, forward, "F tiles", "stride_xn stride_wf stride_vf stride_tn",
+             has | {"HAS_TARGET": True}),
+            (dense_rows.weights_kernel, weights, "F tiles", "stride_xn stride_gn stride_wf stride_vf", has | pulls),
+            (dense_rows.inputs_kernel, backward | {"d_x_ptr": own}, "F tiles",
+             "stride_xn stride_gn stride_wf stride_vf", has | pulls),
+        ):  # fmt: skip
+            more = {} if kernel is dense_rows.forward_kernel else {"bandwidth": "fp32"}
+            yield Shipped(
+                "dense_rows", f"{kernel.__name__.split('_')[0]} {name}{kind}{' odd D' if odd else ''}", kernel,
+                _types(pointers, sizes, strides) | more, flags | constants,
+                (*pointers, *(() if odd else strides.split())), dense_rows.warps(precision, name in ("bf16", "fp16")),
+                dense_rows.NUM_STAGES, maxnreg=dense_rows.REGISTERS,
+            )

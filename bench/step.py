@@ -149,10 +149,9 @@ def in_turns(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, l
 def extra_memory(sae: fastsae.SAE, x: Tensor) -> float:
     """Peak of what loss and backward allocate beyond gradients, over the bytes of one dense [N, F] in x's dtype."""
     sae.zero_grad(set_to_none=True)
-    F, D = sae.W_dec.shape
-    with Watch(x, *sae.parameters(), *sae.buffers(), ignore=((F, D),)) as watch:
+    with Watch(ignore=[sae.W_dec.nbytes]) as watch:
         sae.loss(x).loss.backward()
-    return watch.peak / (x.shape[0] * F * x.element_size())
+    return watch.peak / (x.shape[0] * sae.cfg.d_sae * x.element_size())
 
 
 def line(row: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ Units. Every loss term is a mean over rows (tokens) of a sum, in the units of th
     mse      = mean_n Σ_d (x̂[n, d] − x[n, d])²          a sum over the width D, not a mean
     sparsity = l1_coefficient · mean_n Σ_f f[n, f]        (l1_weighting="plain")
     sparsity = l1_coefficient · mean_n Σ_f f[n, f]·‖d_f‖  (l1_weighting="decoder_norm"; the same if rows are unit norm)
+    sparsity = l0_coefficient · mean_n Σ_f 1[f > 0]       JumpReLU
     aux      = aux_coefficient · mean_n Σ_d (ê[n, d] − e[n, d])², e = x − x̂ detached, ê from dead latents only
     loss     = mse + sparsity + aux
 
@@ -31,125 +32,195 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsae import ops
+from fastsae import ops, reference
+from fastsae.autoencode import Autoencoded, autoencode
+from fastsae.auxk import dead_latents
 from fastsae.codes import SparseCode
-from fastsae.ops import squared_error, wide
 
 if TYPE_CHECKING:
     from fastsae.sae import SAE
 
 
 class Parts(NamedTuple):
-    """What a rule makes of rows [N, D], in the SAE's units.
+    """What a rule makes of rows [N, D], in the SAE's units: mse, sparsity and aux, scalars that add up to the loss, and
+    what else came of it."""
 
-    x_hat [N, D]; mse, sparsity and aux, scalars that add up to the loss; code None where it was too dense; active:
-    entries of the code, a scalar; fired [F] bool.
-    """
-
-    x_hat: Tensor
     mse: Tensor
     sparsity: Tensor
     aux: Tensor
-    code: SparseCode | None
-    active: Tensor
-    fired: Tensor
+    made: Autoencoded
 
 
-class ReLU:
+class Rule:
+    """What the rules share; each says which latents it selects, and which penalty it asks for."""
+
+    sae: SAE
+
+    def __init__(self, sae: SAE) -> None:
+        self.sae = sae
+
+    @property
+    def options(self) -> dict[str, object]:
+        """Of `autoencode`."""
+        return {"rule": self.sae.cfg.activation}
+
+    def encode(self, rows: Tensor) -> SparseCode | None:
+        raise NotImplementedError
+
+    def encode_dense(self, rows: Tensor) -> Tensor:
+        code = self.encode(rows)
+        assert code is not None
+        return code.to_dense().to(rows.dtype)
+
+    def pre_activations(self, rows: Tensor) -> Tensor:
+        return ops.pre_activations(rows, self.sae.encoder.weight, self.sae.encoder.bias, self.sae.centre)
+
+    def autoencode(self, rows: Tensor, wanted: Tensor | None, **more: object) -> Autoencoded:
+        """Without wanted only x̂ means something."""
+        sae = self.sae
+        return autoencode(
+            rows, sae.encoder.weight, sae.encoder.bias, sae.W_dec, sae.b_dec,
+            target=wanted, centred=sae.cfg.apply_b_dec_to_input, backend=sae.cfg.backend, room=sae.room,
+            **(self.options | more),  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    def parts(self, rows: Tensor, wanted: Tensor) -> Parts:
+        made = self.autoencode(rows, wanted, **self.dead())
+        n = max(rows.shape[0], 1)
+        zero = torch.zeros_like(made.l1[:0]).sum()
+        aux = self.sae.cfg.aux_coefficient * made.aux.sum() / n if made.aux.shape[0] else zero
+        return Parts(made.error.sum() / n, self.penalty(made) / n, aux, made)
+
+    def penalty(self, made: Autoencoded) -> Tensor:
+        """A sum over rows."""
+        return torch.zeros_like(made.l1[:0]).sum()
+
+    def dead(self) -> dict[str, object]:
+        """Options of `autoencode` for AuxK; none where the rule has no AuxK, it is turned off, or outside of
+        training."""
+        return {}
+
+
+class ReLU(Rule):
     """Every positive pre-activation, with an L1 penalty."""
 
-    @staticmethod
-    def encode(sae: SAE, rows: Tensor) -> SparseCode | None:
+    @property
+    def options(self) -> dict[str, object]:
+        cfg = self.sae.cfg
+        return {"rule": "relu", "most": cfg.max_active, "weighted": cfg.l1_weighting == "decoder_norm"}
+
+    def encode(self, rows: Tensor) -> SparseCode | None:
+        sae = self.sae
         return ops.encode_relu(
-            rows, sae.encoder.weight, sae.encoder.bias, sae.cfg.max_active, sae.centre, sae.cfg.backend,
-            capacity=sae.capacity,
+            rows, sae.encoder.weight, sae.encoder.bias, sae.cfg.max_active, sae.centre, sae.cfg.backend, room=sae.room
         )
 
-    @staticmethod
-    def encode_dense(sae: SAE, rows: Tensor) -> Tensor:
-        return ops.pre_activations(rows, sae.encoder.weight, sae.encoder.bias, sae.centre).relu()
+    def encode_dense(self, rows: Tensor) -> Tensor:
+        return self.pre_activations(rows).relu()
 
-    @staticmethod
-    def reconstruct(sae: SAE, rows: Tensor) -> Tensor:
-        code = ReLU.encode(sae, rows)
-        if code is not None:
-            return decode_rows(sae, code)
-        return ops.relu_dense(rows, sae.encoder.weight, sae.encoder.bias, sae.W_dec, False, sae.centre)[0] + sae.b_dec
-
-    @staticmethod
-    def parts(sae: SAE, rows: Tensor, wanted: Tensor) -> Parts:
-        weighted = sae.cfg.l1_weighting == "decoder_norm"
-        code = ReLU.encode(sae, rows)
-        if code is None:
-            dense = ops.relu_dense(rows, sae.encoder.weight, sae.encoder.bias, sae.W_dec, weighted, sae.centre)
-            x_hat, l1, l0, fired = dense
-            x_hat = x_hat + sae.b_dec
-            mse = squared_error(x_hat, wanted)
-            active = l0.sum()
-        else:
-            x_hat, mse, l1 = ops.decode_error(code, sae.W_dec, sae.b_dec, wanted, sae.cfg.backend, weighted)
-            l1 = l1 if weighted else code.values
-            active, fired = activity(code)
-        sparsity = sae.cfg.l1_coefficient * wide(l1).sum() / max(rows.shape[0], 1)
-        return Parts(x_hat, mse, sparsity, torch.zeros_like(sparsity), code, active, fired)
+    def penalty(self, made: Autoencoded) -> Tensor:
+        return self.sae.cfg.l1_coefficient * made.l1.sum()
 
 
-class TopK:
+class JumpReLU(Rule):
+    """Every pre-activation above its latent's own threshold, which is trained; the penalty is L0 itself.
+
+    "Jumping Ahead: Improving Reconstruction Fidelity with JumpReLU Sparse Autoencoders" (2024).
+    """
+
+    @property
+    def options(self) -> dict[str, object]:
+        most, threshold = self.sae.cfg.max_active, self.sae.threshold
+        return {"rule": "jumprelu", "most": most, "threshold": threshold, "bandwidth": self.bandwidth}
+
+    @property
+    def bandwidth(self) -> float:
+        """0 where there are no gradients: the entries of the band, which only the threshold's gradient needs, are left
+        out then."""
+        return self.sae.cfg.bandwidth if torch.is_grad_enabled() else 0.0
+
+    def encode(self, rows: Tensor) -> SparseCode | None:
+        sae = self.sae
+        assert sae.threshold is not None
+        return ops.encode_jumprelu(
+            rows, sae.encoder.weight, sae.encoder.bias, sae.threshold, sae.cfg.max_active, sae.centre,
+            self.bandwidth, backend=sae.cfg.backend, room=sae.room,
+        )  # fmt: skip
+
+    def encode_dense(self, rows: Tensor) -> Tensor:
+        assert self.sae.threshold is not None
+        return reference.jumprelu(self.pre_activations(rows), self.sae.threshold, self.sae.cfg.bandwidth)
+
+    def penalty(self, made: Autoencoded) -> Tensor:
+        return self.sae.cfg.l0_coefficient * made.l0.sum()
+
+
+class TopK(Rule):
     """The k largest pre-activations, of equal ones the lower features; AuxK keeps dead latents in reach."""
 
-    @staticmethod
-    def encode(sae: SAE, rows: Tensor) -> SparseCode:
+    @property
+    def options(self) -> dict[str, object]:
+        return {"rule": "topk", "k": self.sae.cfg.k}
+
+    def encode(self, rows: Tensor) -> SparseCode:
+        sae = self.sae
         return ops.encode_topk(
             rows, sae.encoder.weight, sae.encoder.bias, sae.cfg.k, sae.centre, backend=sae.cfg.backend
         )
 
-    @staticmethod
-    def encode_dense(sae: SAE, rows: Tensor) -> Tensor:
-        return TopK.encode(sae, rows).to_dense().to(rows.dtype)
-
-    @staticmethod
-    def reconstruct(sae: SAE, rows: Tensor) -> Tensor:
-        return decode_rows(sae, TopK.encode(sae, rows))
-
-    @staticmethod
-    def parts(sae: SAE, rows: Tensor, wanted: Tensor) -> Parts:
-        code = TopK.encode(sae, rows)
-        x_hat, mse, _ = ops.decode_error(code, sae.W_dec, sae.b_dec, wanted, sae.cfg.backend)
-        aux = TopK.aux(sae, rows, wanted, x_hat)
-        return Parts(x_hat, mse, torch.zeros_like(aux), aux, code, *activity(code))
-
-    @staticmethod
-    def aux(sae: SAE, rows: Tensor, wanted: Tensor, x_hat: Tensor) -> Tensor:
-        """aux_coefficient · mean_n ‖ê − e‖²: the residual e rebuilt by the k_aux best dead latents, b_dec left out.
-
-        "Scaling and evaluating sparse autoencoders" (2024), §A.2, in the units of the mse. 0 without dead latents, and
-        outside of training mode, where it has no use.
-        """
-        cfg = sae.cfg
-        zero = wide(rows.new_zeros(()))
-        if cfg.aux_coefficient == 0 or not sae.training:
-            return zero
-        dead = (sae.tokens_since_fired >= cfg.dead_after_tokens).nonzero().squeeze(1)
-        if dead.numel() == 0:
-            return zero
-        k = min(cfg.aux_active, dead.numel())
-        code = ops.encode_topk(rows, sae.encoder.weight, sae.encoder.bias, k, sae.centre, subset=dead)
-        residual = (wanted - x_hat).detach()
-        return cfg.aux_coefficient * squared_error(ops.decode(code, sae.W_dec, cfg.backend, check=False), residual)
+    def dead(self) -> dict[str, object]:
+        sae = self.sae
+        if sae.cfg.aux_coefficient == 0 or not sae.training:
+            return {}
+        dead, is_dead = dead_latents(sae.tokens_since_fired, sae.cfg.dead_after_tokens, sae.room)
+        return {"dead": dead, "is_dead": is_dead, "k_aux": sae.cfg.aux_active}
 
 
-def activity(code: SparseCode) -> tuple[Tensor, Tensor]:
-    """Entries of a code in which every used slot is positive: how many, and by which latents [F] bool."""
-    used = code.indices.new_tensor(code.indices.numel()) if code.counts is None else code.counts.sum()
-    times = torch.bincount(code.indices.reshape(-1), minlength=code.d_sae)
-    times[0] -= code.indices.numel() - used  # unused slots hold index 0
-    return used, times > 0
+class BatchTopK(TopK):
+    """In training the N · k largest of the batch; in evaluation those above a threshold, so that rows do not depend on
+    each other: the running mean of the smallest value that training kept. AuxK as for TopK.
+
+    "BatchTopK Sparse Autoencoders" (2024).
+    """
+
+    @property
+    def options(self) -> dict[str, object]:
+        sae = self.sae
+        if sae.training:
+            return {"rule": "batchtopk", "k": sae.cfg.k}
+        return {"rule": "jumprelu", "most": sae.cfg.max_active, "threshold": sae.threshold}
+
+    def encode(self, rows: Tensor) -> SparseCode | None:
+        sae = self.sae
+        weights = rows, sae.encoder.weight, sae.encoder.bias
+        if sae.training:
+            return ops.encode_batchtopk(*weights, sae.cfg.k, sae.centre, sae.cfg.backend, room=sae.room)
+        assert sae.threshold is not None
+        return ops.encode_jumprelu(
+            *weights, sae.threshold, sae.cfg.max_active, sae.centre, backend=sae.cfg.backend, room=sae.room
+        )
+
+    def encode_dense(self, rows: Tensor) -> Tensor:
+        if self.sae.training:
+            return super().encode_dense(rows)
+        assert self.sae.threshold is not None
+        return reference.jumprelu(self.pre_activations(rows), self.sae.threshold, 0.0)
+
+    def parts(self, rows: Tensor, wanted: Tensor) -> Parts:
+        parts = super().parts(rows, wanted)
+        if self.sae.training:
+            self.follow(parts.made.values.detach())
+        return parts
+
+    def follow(self, values: Tensor) -> None:
+        """Moves the running threshold towards the smallest value that was kept; to it, the first time."""
+        running, rate = self.sae.running_threshold, self.sae.cfg.threshold_rate
+        with torch.no_grad():  # as a decorator it would end torch.compile's graph
+            kept = torch.cat([values.reshape(-1), values.new_zeros(1)])  # there may be none
+            least = torch.where(kept > 0, kept, float("inf")).amin().to(running.dtype)
+            step = torch.where(running > 0, running + rate * (least - running), least)
+            running.copy_(torch.where(torch.isfinite(least), step, running))
 
 
-def decode_rows(sae: SAE, code: SparseCode) -> Tensor:
-    """x̂ [N, D] in the SAE's units."""
-    return ops.decode(code, sae.W_dec, sae.cfg.backend, check=False) + sae.b_dec
-
-
-RULES: dict[str, type[ReLU] | type[TopK]] = {"relu": ReLU, "topk": TopK}
+RULES: dict[str, type[Rule]] = {"relu": ReLU, "topk": TopK, "batchtopk": BatchTopK, "jumprelu": JumpReLU}
 AVAILABLE = tuple(RULES)

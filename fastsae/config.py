@@ -36,25 +36,34 @@ class SAEConfig:
     d_sae: int
     """F, the number of latents."""
     activation: Activation = "topk"
-    """Selection rule; every rule is followed by ReLU. This version has relu and topk."""
+    """Selection rule; every rule is followed by ReLU. This version has relu, topk, batchtopk and jumprelu."""
     k: int = 32
-    """topk: latents kept per token."""
+    """topk: latents kept per token. batchtopk: on average over the batch."""
     l1_coefficient: float = 5.0
     """relu: weight of Σ f (per token, a sum) against Σ_d error² (a sum). 5 suits data with E‖x‖² = D."""
     l1_weighting: Literal["decoder_norm", "plain"] = "decoder_norm"
     """relu: whether Σ f weighs each latent with the norm of its decoder row, which closes the way to a smaller
     penalty by shrinking f and growing the row. The two agree while rows have unit norm."""
+    l0_coefficient: float = 1.0
+    """jumprelu: weight of the number of active latents per token against Σ_d error². 1 suits data with E‖x‖² = D."""
+    bandwidth: float = 0.05
+    """jumprelu: width of the band around a threshold, in units of the normalised input, whose tokens pull at it.
+    0.001 in the paper, for inputs with a mean square norm of 1; that is 0.001 · √D for E‖x‖² = D."""
+    init_threshold: float = 0.01
+    """jumprelu: every threshold at the start."""
+    threshold_rate: float = 0.01
+    """batchtopk: how fast the threshold of evaluation follows the smallest value that a training batch kept."""
     aux_coefficient: float = 1 / 32
-    """topk: weight of the error that dead latents leave of the residual. 0 turns AuxK off."""
+    """topk, batchtopk: weight of the error that dead latents leave of the residual. 0 turns AuxK off."""
     k_aux: int | None = None
-    """topk: dead latents used per token for AuxK; None means d_in // 2."""
+    """topk, batchtopk: dead latents used per token for AuxK; None means d_in // 2."""
     dead_after_tokens: int = 10_000_000
     """A latent is dead when it has not fired on this many training tokens."""
     apply_b_dec_to_input: bool = True
     """Whether the encoder sees x − b_dec or x."""
     max_l0: int | None = None
-    """relu: the most active latents a token may have before the batch takes the dense path, which is exact, slower
-    and has no SparseCode. None means max(d_sae // 8, min(d_sae, 256))."""
+    """relu, jumprelu: the most active latents a token may have before the batch takes the dense path, which is
+    exact, slower and has no SparseCode. None means max(d_sae // 8, min(d_sae, 256))."""
     decoder_norm: Literal["unit", "free"] = "unit"
     """What the trainer keeps W_dec's rows at after each step. `loss` itself constrains nothing."""
     init_decoder_norm: float = 1.0
@@ -80,10 +89,14 @@ class SAEConfig:
                 f"{' and '.join(activations.AVAILABLE)}; choose one of these"
             )
         _number("k", self.k, 1, whole=True)
-        if self.activation == "topk" and self.k > self.d_sae:
+        if self.activation in ("topk", "batchtopk") and self.k > self.d_sae:
             raise ConfigError(f"k must be at most d_sae = {self.d_sae}, got {self.k}; lower k or widen the dictionary")
         _number("l1_coefficient", self.l1_coefficient, 0)
         _one_of("l1_weighting", self.l1_weighting, Literal["decoder_norm", "plain"])
+        _number("l0_coefficient", self.l0_coefficient, 0)
+        _number("bandwidth", self.bandwidth, 1e-9)
+        _number("init_threshold", self.init_threshold, 1e-9)
+        _number("threshold_rate", self.threshold_rate, 0, high=1)
         _number("aux_coefficient", self.aux_coefficient, 0)
         if self.k_aux is not None:
             _number("k_aux", self.k_aux, 1, whole=True)

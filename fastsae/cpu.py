@@ -23,8 +23,8 @@ CHUNK_ELEMENTS = 1 << 22
 # Where rows are cut, all weights are brought into the cache for every chunk, which larger ones make rarer.
 ROW_CHUNK_ELEMENTS = 1 << 23
 CHUNK_ROWS = 8192
-# A chunk is a fifth of all pre-activations at most, so that no tensor comes near [N, F], however small N · F is.
-CHUNKS = 5
+# A chunk is a sixth of all pre-activations at most, so that no tensor comes near [N, F], however small N · F is.
+CHUNKS = 6
 # Fewer rows than this, and the product spends its time on bringing the weights into the cache.
 LEAST_ROWS = 256
 # Features whose largest entry stands for them all when entries above a threshold are searched.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -13,22 +12,6 @@ from fastsae.codes import SparseCode
 from fastsae.errors import DataError
 
 Backend = Literal["auto", "triton", "torch"]
-
-
-@dataclass
-class Capacity:
-    """The room that codes of variable length have taken lately, so that the kernels make the next one in one go.
-
-    slots: entries of a row; groups: groups of a row that are computed in full.
-    """
-
-    slots: int = 64
-    groups: int = 32
-
-    def fit(self, slots: int, groups: int) -> None:
-        """Grows at once to half more than was needed, and shrinks to that by an eighth a time."""
-        self.slots = max(slots + slots // 2, self.slots - self.slots // 8, 8)
-        self.groups = max(groups + groups // 2, self.groups - self.groups // 8, 8)
 
 
 def check_encode(x: Tensor, weight: Tensor, bias: Tensor, centre: Tensor | None, check_finite: bool) -> None:
@@ -52,6 +35,16 @@ def check_encode(x: Tensor, weight: Tensor, bias: Tensor, centre: Tensor | None,
         raise DataError(f"expected finite activations, got {rows} of {x.shape[0]} rows with NaN or infinity; drop them")
 
 
+def check_threshold(threshold: Tensor, bias: Tensor, bandwidth: float) -> None:
+    if threshold.shape != bias.shape or threshold.device != bias.device:
+        raise DataError(
+            f"threshold must be [{bias.numel()}] on {bias.device}, one for each feature, "
+            f"got {tuple(threshold.shape)} on {threshold.device}"
+        )
+    if bandwidth < 0:
+        raise DataError(f"bandwidth must be 0 or more, got {bandwidth}")
+
+
 def check_k(k: int, among: int) -> None:
     if not 1 <= k <= among:
         raise DataError(f"expected k in 1 … {among}, the number of features to choose among, got {k}")
@@ -68,7 +61,7 @@ def check_indices(code: SparseCode) -> None:
         raise DataError(f"expected indices in 0 … {code.d_sae - 1}, got some from {low} to {high}")
 
 
-def use_triton(backend: Backend, w: Tensor, product: bool = False, k: int = 0) -> bool:
+def use_triton(backend: Backend | str, w: Tensor, product: bool = False, k: int = 0) -> bool:
     """Whether the kernels run: where they can, for auto on a CUDA device; for triton it is an error where they cannot.
 
     product: whether the kernels multiply matrices, which Triton's interpreter gets wrong in bfloat16.

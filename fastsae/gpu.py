@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsae.dispatch import Capacity
+from fastsae.capacity import Capacity
 from fastsae.errors import DataError
 from fastsae.kernels import encode, exact, repair, select
 
@@ -114,6 +114,52 @@ def encode_above(
     groups = _groups(x, weight, bias, 4, encoder)
     bound = torch.zeros(x.shape[0], dtype=torch.float32, device=x.device)
     return _all_above(x, weight, bias, groups, bound, capacity or Capacity(), most)
+
+
+class Open(NamedTuple):
+    """As Above, for the rows that fitted into the slots; and is_open [N] bool, the others, of which counts are 0."""
+
+    values: Tensor
+    indices: Tensor
+    counts: Tensor
+    is_open: Tensor
+
+
+def encode_open(
+    x: Tensor, weight: Tensor, bias: Tensor, most: int, capacity: Capacity, *, encoder: Encoder = "auto"
+) -> Open | None:
+    """As encode_above, but does not wait for the device: rows that need more room than there is are left open.
+
+    The room is what calls before this one needed, so there are such rows where the code suddenly becomes denser; the
+    next calls have more. None where calls before this one needed more than `most`. The very first call waits, to learn
+    what there is to know, unless a CUDA graph is being captured.
+    """
+    capacity.update()
+    capturing = x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if capacity.needed is None and not capturing:
+        found = encode_above(x, weight, bias, most, encoder=encoder, capacity=capacity)
+        if found is None:
+            capacity.needed = most + 1
+            return None
+        return Open(*found, torch.zeros_like(found.counts, dtype=torch.bool))
+    if capacity.needed is not None and capacity.needed > most:
+        return None
+    x, weight, bias = _operands(x, weight, bias, None)
+    if x.shape[0] == 0:
+        nothing = _nothing(x.device, 0)
+        return Open(*nothing, nothing.counts.bool())
+    groups = _groups(x, weight, bias, 4, encoder)
+    bound = torch.zeros(x.shape[0], dtype=torch.float32, device=x.device)
+    slots = min(capacity.slots, most)
+    found = select.collect(groups, bound, slots, capacity.groups)
+    repair.repair(x, weight, bias, groups, bound, found)
+    many = found.n_failed > capacity.groups  # these are not repaired, and a failed group has r entries at least
+    least = torch.where(many, found.counts + groups.best.shape[0] * found.n_failed, found.counts)
+    is_open = least > slots
+    capacity.send(least.max(), found.n_failed.max())
+    is_open |= many
+    values, indices = (t.masked_fill_(is_open[:, None], 0) for t in (found.values, found.indices))
+    return Open(values, indices, found.counts.masked_fill(is_open, 0), is_open)
 
 
 def encode_batchtopk(

@@ -7,18 +7,21 @@ Axes: N tokens (all leading axes of x together), K active latents per token, F d
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastsae import activations, checkpoint, ops
+from fastsae.autoencode import Autoencoded
+from fastsae.capacity import new_room
 from fastsae.codes import SparseCode
 from fastsae.config import SAEConfig
-from fastsae.dispatch import Capacity
 from fastsae.errors import ConfigError, DataError, TooDenseError
+from fastsae.gradients import widened
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,8 +30,8 @@ class LossOutput:
 
     loss = mse + sparsity + aux, to call backward on; the three parts carry gradients too. x_hat: x's shape, in the
     units of x; rows left out by a mask are 0. code: the SparseCode of the rows that were not left out, or None where a
-    ReLU code was denser than `max_l0`. l0: active latents per row. fve: 1 − Σ‖x − x̂‖² / Σ‖x − mean(x)‖². l0 and fve
-    carry no gradient.
+    ReLU or JumpReLU code was denser than `max_l0`. l0: active latents per row. fve: 1 − Σ‖x − x̂‖² / Σ‖x − mean(x)‖².
+    l0 and fve carry no gradient.
     """
 
     loss: Tensor
@@ -36,20 +39,31 @@ class LossOutput:
     sparsity: Tensor
     aux: Tensor
     x_hat: Tensor
-    code: SparseCode | None
     l0: Tensor
     fve: Tensor
+    made: Autoencoded = field(repr=False)
+    d_sae: int = field(repr=False)
+    batch_shape: tuple[int, ...] = field(repr=False)
+
+    @property
+    def code(self) -> SparseCode | None:
+        """Made when asked for."""
+        code = self.made.code(self.d_sae)
+        return None if code is None else dataclasses.replace(code, batch_shape=self.batch_shape)
 
 
 class SAE(nn.Module):
     """A sparse autoencoder: `SAE(config)` or `SAE(d_in=…, d_sae=…, activation=…, …)`.
 
-    Parameters: encoder.weight [F, D], encoder.bias [F], W_dec [F, D], b_dec [D]. Buffers: input_mean [D] and
-    input_scale [] (identity unless set), tokens_since_fired [F] int64.
+    Parameters: encoder.weight [F, D], encoder.bias [F], W_dec [F, D], b_dec [D]; of jumprelu also log_threshold [F].
+    Buffers: input_mean [D] and input_scale [] (identity unless set), tokens_since_fired [F] int64; of batchtopk also
+    running_threshold [].
     Raises ConfigError for fields that cannot be meant, DataError for input of another width.
     """
 
     encoder: nn.Linear
+    log_threshold: nn.Parameter
+    running_threshold: Tensor
     tokens_since_fired: Tensor
     input_mean: Tensor
     input_scale: Tensor
@@ -80,7 +94,11 @@ class SAE(nn.Module):
         self.register_buffer("input_mean", torch.zeros(D, **factory))
         self.register_buffer("input_scale", torch.ones((), **factory))
         self.register_buffer("tokens_since_fired", torch.zeros(F, dtype=torch.int64, device=device))
-        self.capacity = Capacity()
+        if config.activation == "jumprelu":
+            self.log_threshold = nn.Parameter(torch.empty(F, **factory))
+        if config.activation == "batchtopk":
+            self.register_buffer("running_threshold", torch.zeros((), dtype=torch.float32, device=device))
+        self.room = new_room()
         self.reset_parameters()
 
     @torch.no_grad()
@@ -94,6 +112,10 @@ class SAE(nn.Module):
         self.encoder.bias.zero_()
         self.b_dec.zero_()
         self.tokens_since_fired.zero_()
+        if self.cfg.activation == "jumprelu":
+            self.log_threshold.fill_(math.log(self.cfg.init_threshold))
+        if self.cfg.activation == "batchtopk":
+            self.running_threshold.zero_()
 
     def _directions(self, generator: torch.Generator) -> Tensor:
         rows = torch.randn(self.cfg.d_sae, self.cfg.d_in, generator=generator)
@@ -110,6 +132,15 @@ class SAE(nn.Module):
     def b_enc(self) -> Tensor:
         """[F], encoder.bias."""
         return self.encoder.bias
+
+    @property
+    def threshold(self) -> Tensor | None:
+        """What a pre-activation has to exceed, [F]: of jumprelu, and of batchtopk in evaluation; else None."""
+        if self.cfg.activation == "jumprelu":
+            return self.log_threshold.exp()
+        if self.cfg.activation == "batchtopk":
+            return self.running_threshold.to(self.dtype).expand(self.cfg.d_sae)
+        return None
 
     @property
     def device(self) -> torch.device:
@@ -138,7 +169,9 @@ class SAE(nn.Module):
 
     def _normalises(self) -> bool:
         # Elsewhere than on the CPU asking would wait for the device, which costs more than the two passes it spares.
-        return self.device.type != "cpu" or bool(self.input_scale != 1) or bool(self.input_mean.any())
+        if self.device.type != "cpu" or torch.compiler.is_compiling():
+            return True
+        return bool(self.input_scale != 1) or bool(self.input_mean.any())
 
     @torch.no_grad()
     def set_input_normalisation(self, mean: Tensor | None = None, scale: float | Tensor = 1.0) -> None:
@@ -187,8 +220,8 @@ class SAE(nn.Module):
         return self
 
     @property
-    def _rule(self) -> type[activations.ReLU] | type[activations.TopK]:
-        return activations.RULES[self.cfg.activation]
+    def _rule(self) -> activations.Rule:
+        return activations.RULES[self.cfg.activation](self)
 
     @property
     def centre(self) -> Tensor | None:
@@ -202,7 +235,7 @@ class SAE(nn.Module):
 
         Raises TooDenseError where a ReLU code has a row of more than `cfg.max_active` active latents.
         """
-        code = self._rule.encode(self, self._rows(x))
+        code = self._rule.encode(self._rows(x))
         if code is None:
             raise TooDenseError(
                 f"a token has more than max_l0={self.cfg.max_active} active latents of {self.cfg.d_sae}, too many for "
@@ -212,7 +245,7 @@ class SAE(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         """All latents of x [..., D], dense: [..., F]. For tools that need it; the library itself never calls it."""
-        return self._rule.encode_dense(self, self._rows(x)).reshape(*x.shape[:-1], self.cfg.d_sae)
+        return self._rule.encode_dense(self._rows(x)).reshape(*x.shape[:-1], self.cfg.d_sae)
 
     def decode(self, f: Tensor | SparseCode) -> Tensor:
         """x̂ [..., D] in the units of x, from latents [..., F] or a SparseCode."""
@@ -227,7 +260,7 @@ class SAE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x̂ [..., D] in x's units and dtype, through the sparse path."""
-        x_hat = self._rule.reconstruct(self, self._rows(x))
+        x_hat = self._rule.autoencode(self._rows(x), None).x_hat
         return self._restore(x_hat).reshape(x.shape).to(x.dtype)
 
     def loss(self, x: Tensor, target: Tensor | None = None, mask: Tensor | None = None) -> LossOutput:
@@ -243,20 +276,21 @@ class SAE(nn.Module):
         if keep is not None:
             rows, wanted = rows[keep], wanted[keep]
         shape = tuple(x.shape[:-1]) if keep is None else (rows.shape[0],)
-        parts = self._rule.parts(self, rows, wanted)
-        mse = parts.mse
-        loss = mse + parts.sparsity + parts.aux
-        if not torch.isfinite(loss):
+        mse, sparsity, aux, made = self._rule.parts(rows, wanted)
+        loss = mse + sparsity + aux
+        # Elsewhere than on the CPU asking would wait for the device; the trainer asks when it writes its log.
+        if loss.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.isfinite(loss):
             self._explain_not_finite(rows, wanted)
         if self.training:
-            self._count_fired(parts.fired, rows.shape[0])
-        x_hat = self._restore(parts.x_hat)
+            self._count_fired(made.fired > 0, rows.shape[0])
+        x_hat = self._restore(made.x_hat)
         if keep is not None:
             x_hat = x_hat.new_zeros(x.numel() // self.cfg.d_in, self.cfg.d_in).index_put((keep,), x_hat)
-        code = None if parts.code is None else dataclasses.replace(parts.code, batch_shape=shape)
-        l0 = activations.wide(parts.active / max(rows.shape[0], 1))
+        l0 = made.l0.detach().sum() / max(rows.shape[0], 1)
         x_hat = x_hat.reshape(x.shape).to(x.dtype)
-        return LossOutput(loss, mse, parts.sparsity, parts.aux, x_hat, code, l0, _explained(mse, wanted))
+        return LossOutput(
+            loss, mse, sparsity, aux, x_hat, l0, _explained(mse, wanted), made, self.cfg.d_sae, shape
+        )
 
     def _target(self, x: Tensor, target: Tensor) -> Tensor:
         if target.shape != x.shape:
@@ -301,14 +335,15 @@ class SAE(nn.Module):
 
     def extra_repr(self) -> str:
         cfg = self.cfg
-        size = f"k={cfg.k}" if cfg.activation == "topk" else f"l1_coefficient={cfg.l1_coefficient}"
+        name = {"relu": "l1_coefficient", "jumprelu": "l0_coefficient"}.get(cfg.activation, "k")
+        size = f"{name}={getattr(cfg, name)}"
         return f"d_in={cfg.d_in}, d_sae={cfg.d_sae}, activation={cfg.activation!r}, {size}"
 
 
 @torch.no_grad()
 def _explained(mse: Tensor, wanted: Tensor) -> Tensor:
     """fve: 1 − squared error / squared distance from the rows' mean; −∞ where rows that are all alike are missed."""
-    rows = activations.wide(wanted)
+    rows = widened(wanted)
     if rows.shape[0] == 0:
         return torch.ones_like(mse)
     return 1 - mse.detach() / rows.var(0, correction=0).sum().clamp_min(torch.finfo(rows.dtype).tiny)

@@ -89,11 +89,12 @@ def exact_merge_kernel(
         tl.store(counts_ptr + n, keep)
 
 
-def shape(block: int, half: bool) -> tuple[int, int]:
-    """BLOCK_D and warps for B = block. With others the assembler spills a few bytes: see bench compile."""
+def shape(block: int, half: bool, aligned: bool) -> tuple[int, int]:
+    """BLOCK_D and warps for B = block; aligned: rows start at multiples of 16 elements. With others the assembler
+    spills a few bytes: see bench compile."""
     if half:
-        return (8, 8) if block == 512 else (16, 4)
-    return {64: (16, 8), 128: (32, 4), 256: (32, 8), 512: (16, 8)}[block]
+        return (16, 4 if block < 512 else 2 if aligned else 8)
+    return {64: (16, 8), 128: (32, 4), 256: (32, 8) if aligned else (8, 8), 512: (16, 8)}[block]
 
 
 def exact_topk(
@@ -109,7 +110,8 @@ def exact_topk(
     splits = max(1, min(MOST_SPLITS, PARTIAL_BYTES // (8 * B * max(N, 1)), triton.cdiv(F, B)))
     partial = torch.empty(N, splits, B, dtype=torch.int64, device=x.device)
     C, most_failed = found.values.shape[1], found.failed.shape[1]
-    block_d, num_warps = shape(B, x.element_size() == 2)
+    aligned = x.stride(0) % 16 == 0 and weight.stride(0) % 16 == 0
+    block_d, num_warps = shape(B, x.element_size() == 2, aligned)
     with torch.cuda.device_of(x):
         exact_kernel[(N, splits)](
             x, weight, bias, found.counts, found.n_failed, partial,

@@ -13,8 +13,8 @@ from bench.step import sae_for
 
 
 def watched(sae: fastsae.SAE, x: torch.Tensor) -> Watch:
-    gradients = (tuple(sae.W_dec.shape),)
-    with Watch(x, *sae.parameters(), *sae.buffers(), ignore=gradients) as watch:
+    sae.loss(x)  # torch imports a part of itself at the first call
+    with Watch(ignore=[sae.W_dec.nbytes]) as watch:
         sae.loss(x).loss.backward()
     return watch
 
@@ -30,8 +30,9 @@ def test_no_tensor_of_a_quarter_of_tokens_times_features(variant) -> None:
         with torch.no_grad():
             sae.encoder.bias.zero_()
     watch = watched(sae, x)
-    assert watch.largest < N * F / 4, watch.largest_is
-    assert watch.largest >= N * F / 8, "the chunk of pre-activations itself has to be seen"
+    # In bytes: a quarter of the entries of [N, F], of four bytes each, or of eight where they are places (nonzero).
+    assert watch.largest < (2 * N * F if "dense" in variant else N * F), watch.largest_is
+    assert watch.largest >= N * F / 2, "the chunk of pre-activations itself has to be seen"
 
 
 @pytest.mark.parametrize("variant", ["topk", "relu"])
@@ -39,7 +40,7 @@ def test_a_quarter_of_one_dense_code_is_enough_beyond_the_gradients(variant) -> 
     N, D, F, K = 2048, 512, 16384, 32
     x = torch.randn(N, D, generator=torch.Generator().manual_seed(0))
     watch = watched(sae_for(variant, x, F, K), x)
-    assert watch.largest < N * F / 4, watch.largest_is
+    assert watch.largest < N * F, watch.largest_is
     assert N * F * 4 / 10 < watch.peak <= N * F * 4 / 4
 
 
@@ -55,6 +56,6 @@ def test_the_watch_sees_what_a_dense_step_allocates() -> None:
     N, D, F = 256, 16, 1024
     sae = NaiveSAE(D, F, torch.float32, torch.device("cpu"))
     x = torch.randn(N, D)
-    with Watch(x, *sae.parameters()) as watch:
+    with Watch() as watch:
         sae.loss(x).backward()
-    assert watch.largest == N * F and watch.peak >= 2 * N * F * 4
+    assert watch.largest == 4 * N * F and watch.peak >= 2 * N * F * 4

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastsae import cpu, ops, reference
+from fastsae.autoencode import autoencode
 from fastsae.codes import SparseCode
 
 SIZES = [(1, 3, 5, 1), (7, 16, 63, 4), (33, 20, 507, 9), (65, 24, 1024, 32)]  # N, D, F, K
@@ -77,28 +78,6 @@ def test_relu_autoencoder_gradients_are_those_of_the_dense_reference(N, D, F, K,
     assert_close(got, gradients(reference.decode(f, p["w_dec"]), p), 1e-12)
 
 
-@pytest.mark.parametrize("weighted", [True, False])
-def test_l1_and_the_dense_path_agree_with_the_reference(weighted):
-    p = problem(33, 20, 507)
-    f = reference.encode_relu(p["x"], p["weight"], p["bias"], p["centre"])
-    truth = torch.cat([reference.decode(f, p["w_dec"]), reference.l1(f, p["w_dec"] if weighted else None)[:, None]], 1)
-    want = gradients(truth, p)
-
-    out, l1, l0, fired = ops.relu_dense(p["x"], p["weight"], p["bias"], p["w_dec"], weighted, p["centre"])
-    torch.testing.assert_close(torch.cat([out, l1[:, None]], 1), truth, rtol=1e-12, atol=1e-12)
-    assert torch.equal(l0, (f > 0).sum(-1)) and torch.equal(fired, (f > 0).any(0))
-    assert_close(gradients(torch.cat([out, l1[:, None]], 1), p), want, 1e-12)
-
-    code = ops.encode_relu(p["x"], p["weight"], p["bias"], 507, p["centre"])
-    assert code is not None
-    if weighted:
-        none = torch.zeros_like(p["x"][0]), torch.zeros_like(p["x"])
-        out, _, l1 = ops.decode_error(code, p["w_dec"], *none, weighted=True)
-    else:
-        out, l1 = ops.decode(code, p["w_dec"]), code.values.sum(-1)
-    assert_close(gradients(torch.cat([out, l1[:, None]], 1), p), want, 1e-12)
-
-
 @pytest.mark.parametrize(("N", "D", "F", "K"), SIZES)
 def test_batchtopk(N, D, F, K):
     p = problem(N, D, F)
@@ -123,10 +102,12 @@ def test_batchtopk_over_many_chunks_with_ties(k, rows, monkeypatch):
 @pytest.mark.parametrize("bandwidth", [0.0, 0.4])
 @pytest.mark.parametrize(("N", "D", "F", "K"), SIZES)
 def test_jumprelu(N, D, F, K, bandwidth):
-    """Entries in the band below the threshold are in the code with value 0 and pass no gradient on."""
+    """Entries in the band below the threshold are in the code with value 0 and pass a gradient on to the threshold
+    alone."""
     p = problem(N, D, F)
     threshold = torch.rand(F, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    dense = reference.encode_jumprelu(p["x"], p["weight"], p["bias"], threshold, p["centre"])
+    p["threshold"] = threshold.requires_grad_()
+    dense = reference.encode_jumprelu(p["x"], p["weight"], p["bias"], threshold, p["centre"], bandwidth)
     code = ops.encode_jumprelu(p["x"], p["weight"], p["bias"], threshold, F, p["centre"], bandwidth)
     assert code is not None
     torch.testing.assert_close(code.to_dense(), dense)
@@ -141,38 +122,18 @@ def test_no_rows_of_any_rule():
     assert code is not None and code.n_tokens == 0
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_decode_error(backend, weighted):
-    """x̂, the mean squared error and l1, and the gradients of all that went in, target included."""
-    if backend == "triton":
-        pytest.importorskip("triton")
-    p = problem(9, 16, 63, torch.float32)
-    p["target"] = torch.randn(9, 16, generator=torch.Generator().manual_seed(7), requires_grad=True)
-    q = double(p)
-    f = reference.encode_topk(q["x"], q["weight"], q["bias"], 4, q["centre"])
-    x_hat = reference.decode(f, q["w_dec"]) + q["centre"]
-    error = (x_hat - q["target"]).square().sum(1).mean()
-    l1 = reference.l1(f, q["w_dec"]) if weighted else x_hat.new_zeros(0)
-    want = gradients(torch.cat([x_hat.reshape(-1), error[None], l1]), q)
-
-    code = ops.encode_topk(p["x"], p["weight"], p["bias"], 4, p["centre"], backend=backend)
-    out, mse, found = ops.decode_error(code, p["w_dec"], p["centre"], p["target"], backend, weighted)
-    torch.testing.assert_close(out.double(), x_hat, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(mse.double(), error, rtol=1e-5, atol=1e-5)
-    assert_close(gradients(torch.cat([out.reshape(-1), mse[None], found]), p), want, 1e-5)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rule", ["topk", "relu", "relu_dense"])
+@pytest.mark.parametrize("rule", ["topk", "relu", "relu, dense"])
 def test_error_in_low_precision_is_no_larger_than_that_of_dense_torch(dtype, rule):
     """Both against float64, with the float64 choice of latents pinned to the one made in low precision."""
     N, D, F, K = 65, 48, 1024, 16
     p = problem(N, D, F, dtype)
     with torch.no_grad():
         p["bias"] -= 1.5
-    if rule == "relu_dense":
-        out = ops.relu_dense(p["x"], p["weight"], p["bias"], p["w_dec"], False, p["centre"])[0]
+    if rule == "relu, dense":
+        made = autoencode(p["x"], p["weight"], p["bias"], p["w_dec"], p["centre"], rule="relu", most=1)
+        assert made.code(F) is None
+        out = made.x_hat - p["centre"]
         chosen = ops.pre_activations(p["x"], p["weight"], p["bias"], p["centre"]) > 0  # added up as the op does
     else:
         if rule == "topk":
@@ -231,29 +192,12 @@ def test_rows_with_fewer_than_k_positive_entries_leave_slots_unused():
     assert w_dec.grad is not None and w_dec.grad.sum(1).tolist() == [12.0, 8.0, 4.0, 0.0]
 
 
-def test_choice_among_a_subset_keeps_features_numbers_and_gradients():
-    p = problem(21, 16, 200)
-    subset = torch.arange(3, 200, 7)
-    code = ops.encode_topk(p["x"], p["weight"], p["bias"], 5, p["centre"], subset=subset)
-    pre = reference.pre_activations(p["x"], p["weight"], p["bias"], p["centre"])
-    hidden = torch.full_like(pre, -1.0)
-    hidden[:, subset] = pre.detach()[:, subset]
-    dense = torch.where(reference.topk_mask(hidden, 5), pre, torch.zeros_like(pre))
-    torch.testing.assert_close(code.to_dense(), dense, rtol=1e-12, atol=1e-12)
-    got = gradients(ops.decode(code, p["w_dec"]), p)
-    assert_close(got, gradients(reference.decode(dense, p["w_dec"]), p), 1e-12)
-
-
-@pytest.mark.parametrize("rule", ["topk", "relu", "dense"])
-def test_no_rows(rule):
+@pytest.mark.parametrize("encode", [ops.encode_topk, ops.encode_relu])
+def test_no_rows(encode):
     p = problem(0, 8, 64)
-    if rule == "dense":
-        out = ops.relu_dense(p["x"], p["weight"], p["bias"], p["w_dec"], True, p["centre"])[0]
-    else:
-        encode = ops.encode_topk if rule == "topk" else ops.encode_relu
-        code = encode(p["x"], p["weight"], p["bias"], 4, p["centre"])
-        assert code is not None and code.to_dense().shape == (0, 64)
-        out = ops.decode(code, p["w_dec"])
+    code = encode(p["x"], p["weight"], p["bias"], 4, p["centre"])
+    assert code is not None and code.to_dense().shape == (0, 64)
+    out = ops.decode(code, p["w_dec"])
     assert out.shape == (0, 8)
     for gradient in gradients(out, p).values():
         assert not gradient.any()
@@ -276,14 +220,6 @@ def test_a_feature_twice_in_a_row_counts_twice():
     assert out.tolist() == [[0.0, 5.0, 0.0]]
     out.sum().backward()
     assert w.grad is not None and w.grad[1].tolist() == [5.0, 5.0, 5.0]
-
-
-def test_a_decoder_row_of_norm_zero_has_a_finite_gradient():
-    w = torch.zeros(3, 2, requires_grad=True)
-    code = SparseCode(torch.ones(1, 1), torch.tensor([[1]]), 3)
-    _, _, l1 = ops.decode_error(code, w, torch.zeros(2), torch.zeros(1, 2), weighted=True)
-    l1.sum().backward()
-    assert w.grad is not None and torch.isfinite(w.grad).all()
 
 
 def test_too_dense_a_relu_code_is_refused():

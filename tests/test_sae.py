@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Any
 
 import pytest
 import torch
@@ -36,15 +37,23 @@ def data(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> Tens
 def dense_loss(sae: SAE, x: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """mse, sparsity and x̂ of x [N, D], as the docstring of fastsae.activations writes them."""
     centre = sae.b_dec if sae.cfg.apply_b_dec_to_input else None
+    weights = x, sae.encoder.weight, sae.encoder.bias
+    sparsity = x.new_zeros(())
     if sae.cfg.activation == "topk":
-        f = reference.encode_topk(x, sae.encoder.weight, sae.encoder.bias, sae.cfg.k, centre)
+        f = reference.encode_topk(*weights, sae.cfg.k, centre)
+    elif sae.cfg.activation == "batchtopk":
+        f = reference.encode_batchtopk(*weights, sae.cfg.k, centre)
+    elif sae.cfg.activation == "jumprelu":
+        theta = sae.log_threshold.exp()
+        f = reference.encode_jumprelu(*weights, theta, centre, sae.cfg.bandwidth)
+        l0 = reference.l0(reference.pre_activations(*weights, centre), theta, sae.cfg.bandwidth)
+        sparsity = sae.cfg.l0_coefficient * l0.mean()
     else:
-        f = reference.encode_relu(x, sae.encoder.weight, sae.encoder.bias, centre)
+        f = reference.encode_relu(*weights, centre)
+        norms = sae.W_dec if sae.cfg.l1_weighting == "decoder_norm" else None
+        sparsity = sae.cfg.l1_coefficient * reference.l1(f, norms).mean()
     x_hat = reference.decode(f, sae.W_dec) + sae.b_dec
-    mse = (x_hat - (x if target is None else target)).square().sum(-1).mean()
-    weights = sae.W_dec if sae.cfg.l1_weighting == "decoder_norm" else None
-    l1 = reference.l1(f, weights).mean() if sae.cfg.activation == "relu" else x.new_zeros(())
-    return mse, sae.cfg.l1_coefficient * l1, x_hat
+    return (x_hat - (x if target is None else target)).square().sum(-1).mean(), sparsity, x_hat
 
 
 VARIANTS = [
@@ -54,7 +63,11 @@ VARIANTS = [
     {"activation": "relu", "l1_coefficient": 0.7, "l1_weighting": "plain"},
     {"activation": "relu", "l1_coefficient": 0.7, "max_l0": 3},
     {"activation": "relu", "l1_coefficient": 0.7, "max_l0": 3, "l1_weighting": "plain", "apply_b_dec_to_input": False},
+    {"activation": "batchtopk"},
+    {"activation": "jumprelu", "l0_coefficient": 0.3, "init_threshold": 0.5, "bandwidth": 0.6},
+    {"activation": "jumprelu", "l0_coefficient": 0.3, "init_threshold": 0.5, "bandwidth": 0.6, "max_l0": 3},
 ]
+ACTIVATIONS = ["topk", "relu", "batchtopk", "jumprelu"]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -72,6 +85,7 @@ def test_loss_and_all_gradients_are_those_of_the_formula(variant, transcoder) ->
     torch.testing.assert_close(out.x_hat, x_hat.reshape(3, 10, D), rtol=1e-12, atol=1e-12)
     assert (out.code is None) == (variant.get("max_l0") == 3)
     want = torch.autograd.grad(mse + sparsity, [x, *sae.parameters()])
+    assert all(w.any() for w in want)
     got = torch.autograd.grad(out.loss, [x, *sae.parameters()])
     for name, g, w in zip(["x", *dict(sae.named_parameters())], got, want, strict=True):
         torch.testing.assert_close(g, w, rtol=0, atol=1e-12 * float(w.abs().max()), msg=lambda m, n=name: f"{n}: {m}")
@@ -87,7 +101,7 @@ def test_l0_and_fve() -> None:
     assert not out.l0.requires_grad and not out.fve.requires_grad
 
 
-@pytest.mark.parametrize("activation", ["topk", "relu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_a_mask_is_as_if_the_rows_were_not_there(activation) -> None:
     sae, x = make(activation), data(4, 5, D)
     mask = torch.rand(4, 5, generator=torch.Generator().manual_seed(0)) > 0.4
@@ -108,7 +122,7 @@ def test_no_rows_at_all(variant) -> None:
     assert sae(x).shape == (0, 3, D) and sae.encode(x).shape == (0, 3, F) and sae.encode_sparse(x).shape == (0, 3, F)
 
 
-@pytest.mark.parametrize("activation", ["topk", "relu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_encode_sparse_encode_decode_and_forward_say_the_same(activation) -> None:
     sae, x = make(activation), data(2, 7, D)
     code, dense = sae.encode_sparse(x), sae.encode(x)
@@ -116,6 +130,57 @@ def test_encode_sparse_encode_decode_and_forward_say_the_same(activation) -> Non
     assert code.shape == dense.shape == (2, 7, F) and (dense >= 0).all()
     for x_hat in (sae.decode(code), sae.decode(dense), sae(x), sae.loss(x).x_hat):
         torch.testing.assert_close(x_hat, sae(x), rtol=1e-12, atol=1e-12)
+
+
+def test_batchtopk_in_evaluation_takes_what_is_above_the_running_threshold() -> None:
+    """Row by row, by the mean of the smallest values that training kept, which starts at the first of them."""
+    sae, least = make("batchtopk", threshold_rate=0.25), []
+    assert sae.running_threshold == 0
+    for seed in range(3):
+        out = sae.loss(data(40, D, seed=seed))
+        assert out.code is not None and int(out.code.l0().sum()) == 40 * K
+        least.append(float(out.code.values[out.code.values > 0].detach().min()))
+    want = 0.75 * (0.75 * least[0] + 0.25 * least[1]) + 0.25 * least[2]
+    torch.testing.assert_close(sae.running_threshold, torch.tensor(want))
+    sae.eval()
+    x = data(40, D, seed=9)
+    pre = reference.pre_activations(x, sae.encoder.weight, sae.encoder.bias, sae.b_dec)
+    f = torch.where(pre > sae.running_threshold.double(), pre, 0)
+    torch.testing.assert_close(sae.encode(x), f)
+    torch.testing.assert_close(sae.encode_sparse(x).to_dense(), f)
+    torch.testing.assert_close(sae.encode_sparse(x[:1]).to_dense(), f[:1])
+    torch.testing.assert_close(sae(x), f @ sae.W_dec + sae.b_dec)
+    before = sae.running_threshold.clone()
+    torch.testing.assert_close(sae.loss(x).l0, (f > 0).sum(1).double().mean(), check_dtype=False)
+    assert sae.running_threshold == before, "only training moves it"
+
+
+@pytest.mark.parametrize("activation", ["batchtopk", "jumprelu"])
+def test_thresholds_are_saved(activation, tmp_path) -> None:
+    sae = make(activation)
+    sae.loss(data(20, D))
+    sae.eval().save_pretrained(tmp_path)
+    again = SAE.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(data(5, D)), sae(data(5, D)))
+    assert again.threshold is not None and sae.threshold is not None and torch.equal(again.threshold, sae.threshold)
+
+
+def test_jumprelu_trains_towards_fewer_active_latents() -> None:
+    """The penalty raises thresholds, and with them L0 falls."""
+
+    def trained(l0_coefficient: float) -> tuple[float, float]:
+        options: dict[str, Any] = {"init_threshold": 0.5, "bandwidth": 0.3, "l0_coefficient": l0_coefficient}
+        sae = SAE(d_in=D, d_sae=F, activation="jumprelu", **options)
+        optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2, betas=(0.0, 0.999))
+        x = data(256, D, dtype=torch.float32)
+        for _ in range(150):
+            optimizer.zero_grad()
+            sae.loss(x).loss.backward()
+            optimizer.step()
+        return float(sae.loss(x).l0), float(sae.log_threshold.detach().exp().mean())
+
+    (few, high), (many, low) = trained(5.0), trained(0.0)
+    assert few < 0.7 * many and high > 1.2 * low, (few, high, many, low)
 
 
 # --- AuxK -----------------------------------------------------------------------------------------------------------
@@ -269,7 +334,9 @@ class Loss(torch.nn.Module):
         ({"k": 0}, "k must be a whole number ≥ 1, got 0"),
         ({"d_in": 0}, "d_in must be"),
         ({"d_sae": 2.5}, "d_sae must be a whole number"),
-        ({"activation": "jumprelu"}, "not available in this version"),
+        ({"activation": "gated"}, "not available in this version"),
+        ({"activation": "batchtopk", "k": F + 1}, "k must be at most"),
+        ({"bandwidth": 0}, "bandwidth must be a number"),
         ({"activation": "tanh"}, "activation must be one of"),
         ({"l1_coefficient": -1}, "l1_coefficient must be a number ≥ 0"),
         ({"l1_coefficient": float("nan")}, "l1_coefficient must be a number ≥ 0"),
@@ -298,7 +365,7 @@ def test_ways_to_construct() -> None:
         SAE(512, d_sae=3)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("activation", ["topk", "relu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_activations_that_are_not_finite(activation, value) -> None:
     x = data(9, D)

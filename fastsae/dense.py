@@ -1,0 +1,86 @@
+"""The exact path for codes too dense for slots: the code is made, and made again in the backward pass, in chunks of F.
+
+For ReLU and JumpReLU, whose latents decide one by one: f = z · 1[z > θ] with z = x · weightᵀ + bias, θ = 0 for ReLU.
+Ten products of N·D·F operations with the backward pass, as a dense layer, and one more; never [N, F].
+
+Axes: N tokens, F dictionary size, D width, C features of a chunk.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastsae import cpu
+from fastsae.gradients import Pull, WeightGradients, add_norm_gradient, widened
+
+
+class Dense(NamedTuple):
+    """out = f · w_dec [N, D], l1 [N] (weighted with norms [F] where given), l0 [N] and fired [F], how often."""
+
+    out: Tensor
+    l1: Tensor
+    l0: Tensor
+    fired: Tensor
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor, w_dec: Tensor, threshold: Tensor | None, norms: Tensor | None
+) -> Dense:
+    """out, l1 and l0 in fp32 or more."""
+    N, F = x.shape[0], weight.shape[0]
+    out = widened(x.new_empty(0)).new_zeros(N, w_dec.shape[1])
+    l1, l0 = out.new_zeros(N), out.new_zeros(N)
+    fired = torch.zeros(F, dtype=torch.int32, device=x.device)
+    for chunk in cpu.chunks(x, weight, bias, cpu.by_columns(N, F)[1]):
+        part = slice(chunk.start, chunk.stop)
+        f = _activate(chunk.pre, threshold, part)
+        out += torch.mm(f, w_dec[part])
+        l1 += f.sum(-1, dtype=out.dtype) if norms is None else f @ norms[part].to(f.dtype)
+        active = f > 0
+        l0 += active.sum(-1)
+        fired[part] = active.sum(0)
+    return Dense(out, l1, l0, fired)
+
+
+def backward(
+    x: Tensor, weight: Tensor, bias: Tensor, w_dec: Tensor, threshold: Tensor | None, bandwidth: float,
+    norms: Tensor | None, pull: Pull, want_x: bool,
+) -> tuple[WeightGradients, Tensor | None]:  # fmt: skip
+    """Gradients of weight, bias, w_dec and threshold, and of x if wanted, where pull holds those of the outputs."""
+    N, F = x.shape[0], weight.shape[0]
+    d_x = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) if want_x else None
+    d_weight, d_bias, d_w = torch.empty_like(weight), torch.empty_like(bias), torch.empty_like(w_dec)
+    d_threshold = None if threshold is None else torch.empty_like(threshold)
+    d_l1, d_out = pull.l1, pull.out
+    for chunk in cpu.chunks(x, weight, bias, cpu.by_columns(N, F)[1]):
+        part = slice(chunk.start, chunk.stop)
+        w = w_dec[part]
+        d_f = d_out @ w.T  # [N, C]
+        if d_l1 is not None:
+            d_f += d_l1[:, None] if norms is None else d_l1[:, None] * norms[part].to(d_f.dtype)
+        if threshold is not None:
+            assert d_threshold is not None
+            theta = threshold[part]
+            band = ((chunk.pre - theta).abs() < bandwidth / 2).to(d_f.dtype)
+            slope = d_f * theta if pull.l0 is None else d_f * theta + pull.l0[:, None]
+            d_threshold[part] = -(slope * band).sum(0) / bandwidth if bandwidth else 0
+        f = _activate(chunk.pre, threshold, part)
+        torch.mm(f.T, d_out, out=d_w[part])
+        if norms is not None and d_l1 is not None:
+            add_norm_gradient(d_w[part], w, d_l1.to(f.dtype) @ f, norms[part])
+        d_pre = d_f.mul_(f > 0)
+        torch.mm(d_pre.T, x, out=d_weight[part])
+        torch.sum(d_pre, 0, out=d_bias[part])
+        if d_x is not None:
+            d_x += d_pre @ weight[part]
+    return WeightGradients(d_w, d_weight, d_bias, d_threshold), d_x
+
+
+def _activate(pre: Tensor, threshold: Tensor | None, part: slice) -> Tensor:
+    """f of a chunk's pre-activations, in place."""
+    if threshold is None:
+        return pre.relu_()
+    return pre.mul_(pre > threshold[part])
