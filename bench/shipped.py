@@ -168,6 +168,7 @@ def _repair_and_exact() -> Iterator[Shipped]:
                 _types(pointers, "F C MOST_FAILED PER_SPLIT", "stride_xn stride_wf"),
                 {"D": ODD_WIDTH if odd else WIDTH, "B": block, "BLOCK_D": block_d},
                 tuple(pointers) + (() if odd else ("stride_xn", "stride_wf")), warps, exact.NUM_STAGES,
+                maxnreg=exact.REGISTERS,
             )
     for block in (64, 128, 256, 512):
         pointers = {"partial_ptr": "*i64", "n_found_ptr": "*i32", "n_failed_ptr": "*i32", "values_ptr": "*fp32",

@@ -67,11 +67,11 @@ class TrainConfig(SAEConfig):
     init_b_dec: Literal["geometric_median", "mean", "zero"] = "geometric_median"
     """Where b_dec starts: at the geometric median or the mean of the (normalised) data, or at 0."""
     init_l0: int = 64
-    """relu: the encoder bias starts where each latent fires on init_l0 / F of the tokens, so that the first batches are
-    sparse already: at F 4096 that saved half of the first steps' time and left 0.6 % of latents dead instead of 23 %.
-    0 starts it at 0, where half of all latents fire."""
+    """relu, jumprelu: the encoder bias starts where each latent fires on init_l0 / F of the tokens, so that the
+    first batches are sparse already: at F 4096 that saved half of the first steps' time and left 0.6 % of latents
+    dead instead of 23 %. 0 starts it at 0, where half of all latents fire."""
     resample_at: tuple[float, ...] = ()
-    """Fractions of the run after which dead latents are resampled (relu; topk has AuxK)."""
+    """Fractions of the run after which dead latents are resampled (relu, jumprelu; the others have AuxK)."""
     resample_inputs: int = 65_536
     """Inputs whose loss is computed to draw the new directions from, at most the store's."""
     log_every: int = 50
@@ -230,13 +230,13 @@ def start(config: TrainConfig, store: Store, device: torch.device | str = "cpu")
     rows = normalised(sae, store.sample(_START_ROWS, seed=config.seed).to(device))
     if config.init_b_dec != "zero":
         sae.b_dec.copy_(geometric_median(rows) if config.init_b_dec == "geometric_median" else rows.mean(0))
-    if config.activation == "relu" and config.init_l0:
+    if config.activation in ("relu", "jumprelu") and config.init_l0:
         _sparse_bias_(sae, rows, config.init_l0)
     return sae
 
 
 def _sparse_bias_(sae: SAE, rows: Tensor, l0: int) -> None:
-    """Set b_enc so that every latent fires on l0 / F of the rows [N, D], but for sampling error."""
+    """Set b_enc so that every latent is above 0 on l0 / F of the rows [N, D], but for sampling error."""
     centred = rows - sae.b_dec if sae.cfg.apply_b_dec_to_input else rows
     rate = min(l0 / sae.cfg.d_sae, 0.5)
     n = max(1, round(rate * len(rows)))

@@ -5,6 +5,7 @@ Axes: N inputs, F dictionary size, D width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from fastsae.sae import SAE, LossOutput
 
 ENCODER_SCALE = 0.2  # of the mean norm of the alive encoder rows; paper
-_PARAMETERS = ("encoder.weight", "encoder.bias", "W_dec")  # those with a row per latent
+_PARAMETERS = ("encoder.weight", "encoder.bias", "W_dec", "log_threshold")  # those with a row per latent
 
 
 @torch.no_grad()
@@ -25,9 +26,9 @@ def resample(
     batches: tensors [n, D] of inputs in the units of x, together the N candidates (819,200 in the paper). Each dead
     latent gets one of them, drawn with probability ∝ loss², as the encoder sees it (x − b_dec, in the normalised units
     of the input, or x where b_dec is not subtracted): decoder row = that direction with unit norm, encoder row = the
-    same direction with 0.2 × the mean norm of the alive encoder rows, encoder bias = 0, Adam's moments of all
-    three = 0. The counter of tokens since it fired starts anew. An input is drawn twice only if dead latents outnumber
-    the candidates. generator: a CPU generator.
+    same direction with 0.2 × the mean norm of the alive encoder rows, encoder bias = 0, threshold (of
+    JumpReLU) as at the start, Adam's moments of all = 0. The counter of tokens since it fired starts anew. An input is
+    drawn twice only if dead latents outnumber the candidates. generator: a CPU generator.
     """
     n_dead = int(dead.sum())
     if not n_dead:
@@ -49,7 +50,11 @@ def resample(
     encoder[dead] = direction * (ENCODER_SCALE * norm)
     parameters["encoder.bias"][dead] = 0
     sae.tokens_since_fired[dead] = 0
+    if "log_threshold" in parameters:
+        parameters["log_threshold"][dead] = math.log(sae.cfg.init_threshold)
     for name in _PARAMETERS:
+        if name not in parameters:
+            continue
         for moment in optimizer.state[parameters[name]].values():
             if isinstance(moment, Tensor) and moment.shape[:1] == dead.shape:  # not the scalar step count
                 moment[dead] = 0
@@ -75,7 +80,9 @@ def _candidates(sae: SAE, batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _penalty(sae: SAE, out: LossOutput) -> Tensor | float:
-    """The L1 term of each row [N], where there is one and the code is at hand."""
+    """The L1 or L0 term of each row [N], where there is one and the code is at hand."""
+    if sae.cfg.activation == "jumprelu":
+        return sae.cfg.l0_coefficient * out.made.l0
     if sae.cfg.activation != "relu" or out.code is None:
         return 0.0
     values = out.code.values.float()

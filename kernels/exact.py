@@ -16,6 +16,8 @@ from fastsae.kernels.select import Found, is_open, order_key, write_best
 
 MOST_K = 512
 NUM_STAGES = 2
+# Left to itself the assembler takes fewer registers, for more programs at a time, and spills a few bytes for it.
+REGISTERS = 255
 MOST_SPLITS = 8
 PARTIAL_BYTES = 64 << 20  # of what splits pass on; fewer splits where N and K are large
 
@@ -117,6 +119,7 @@ def exact_topk(
             x, weight, bias, found.counts, found.n_failed, partial,
             F, C, most_failed, triton.cdiv(F, splits), x.stride(0), weight.stride(0),
             D=D, B=B, BLOCK_D=block_d, num_warps=num_warps, num_stages=NUM_STAGES,
+            maxnreg=REGISTERS,
         )
         exact_merge_kernel[(N,)](
             partial, found.counts, found.n_failed, values, indices, counts, counts if fired is None else fired,

@@ -44,7 +44,8 @@ def test_gpu_dry_run_measures_every_kind_of_case(tmp_path):
     result = json.loads(file.read_text())
     assert result["checks"] and all(check["passed"] for check in result["checks"])
     assert {row["op"] for row in result["rows"]} == {
-        "copy", "matmul", "encoder", "encode", "part", "gemm", "decode", "encode + decode", "step",
+        "copy", "matmul", "encoder", "encode", "part", "gemm", "decode", "encode + decode", "backward",
+        "loss + backward", "step",
     }
     assert all(row["p20_ms"] <= row["median_ms"] <= row["p80_ms"] for row in result["rows"])
     assert result["machine"]["torch"] == torch.__version__

@@ -26,6 +26,17 @@ def snapshot(sae, optimizer):
     return weights, moments
 
 
+def test_thresholds_of_jumprelu_start_again():
+    sae, optimizer, x = trained("jumprelu", init_threshold=0.2)
+    dead = torch.arange(F) < 3
+    before, _ = snapshot(sae, optimizer)
+    resample(sae, optimizer, x.split(64), dead, torch.Generator().manual_seed(1))
+    after, moments = snapshot(sae, optimizer)
+    torch.testing.assert_close(after["log_threshold"][dead].exp(), torch.full((3,), 0.2))
+    assert not moments["log_threshold"][dead].any()
+    assert torch.equal(after["log_threshold"][~dead], before["log_threshold"][~dead])
+
+
 def test_dead_latents_become_inputs_and_the_rest_stays():
     sae, optimizer, x = trained()
     dead = torch.zeros(F, dtype=torch.bool)

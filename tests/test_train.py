@@ -48,6 +48,8 @@ SMALL: dict[str, Any] = {
 }
 RELU: dict[str, Any] = {"activation": "relu", "l1_coefficient": 2.0, "resample_at": (0.2, 0.5), "resample_inputs": 1024}
 TOPK: dict[str, Any] = {"activation": "topk", "k": 4, "dead_after_tokens": 500}
+BATCHTOPK: dict[str, Any] = TOPK | {"activation": "batchtopk"}
+JUMPRELU: dict[str, Any] = {"activation": "jumprelu", "l0_coefficient": 0.1, "beta1": 0.0}
 
 
 def train(data: Any, **options: Any) -> SAE:
@@ -86,7 +88,7 @@ def test_a_run_leaves_its_log_its_dictionary_and_its_result(store, tmp_path):
     torch.testing.assert_close(sae.W_dec.detach().norm(dim=1), torch.ones(F))
 
 
-@pytest.mark.parametrize("options", [RELU, TOPK], ids=["relu", "topk"])
+@pytest.mark.parametrize("options", [RELU, TOPK, JUMPRELU, BATCHTOPK], ids=["relu", "topk", "jumprelu", "batchtopk"])
 @pytest.mark.parametrize("signal_at", [10, 40])
 def test_interrupted_and_resumed_is_the_same_run_bit_for_bit(store, tmp_path, options, signal_at):
     before = signal.getsignal(signal.SIGINT)  # in a background job: ignored
