@@ -24,6 +24,9 @@ from fastsae.optim import DecoderNorm
 # As in the goal that this bench measures: TopK ≤ 2.0, ReLU + L1 ≤ 2.5 encoder products, ≤ 1/4 of one dense [N, F].
 N, D, F, K = 2048, 512, 16384, 32
 GOALS = {"fastsae topk": 2.0, "fastsae relu + L1": 2.5}
+# The same without optimizer and projection.
+GRADIENTS = ", loss + backward"
+GRADIENT_GOAL = 1.6
 PRODUCT = "encoder product"
 # Small enough that no variant drifts away from the L0 it is timed at.
 LEARNING_RATE = 1e-6
@@ -53,7 +56,12 @@ def main(args: argparse.Namespace) -> int:
     print(f"written: {path}")
     if (args.n, args.d, args.f, args.k, args.dtype) != (N, D, F, K, "float32"):
         return 0
-    return 1 if any(row["gemms"] > GOALS.get(row["variant"], row["gemms"]) for row in rows) else 0
+    return 1 if any(row["gemms"] > (goal_of(row["variant"]) or row["gemms"]) for row in rows) else 0
+
+
+def goal_of(variant: str) -> float | None:
+    """Encoder products that a variant may take at the sizes above."""
+    return GRADIENT_GOAL if variant.endswith(GRADIENTS) else GOALS.get(variant)
 
 
 def run(
@@ -70,6 +78,7 @@ def run(
     weight = dense.W_enc.detach()
     calls: dict[str, Callable[[], object]] = {PRODUCT: lambda: x @ weight.T}
     calls |= {name: step(sae, x) for name, sae in ours.items()}
+    calls |= {name + GRADIENTS: gradients(sae, x) for name, sae in ours.items()}
     calls |= {"naive dense relu + L1": naive.step(dense, x), "naive dense topk": naive_topk_step(dense, x, k)}
     times = in_turns(calls, rounds)
     product = timing.summarise(times[PRODUCT]).median_ms
@@ -119,6 +128,16 @@ def step(sae: fastsae.SAE, x: Tensor) -> Callable[[], None]:
     return call
 
 
+def gradients(sae: fastsae.SAE, x: Tensor) -> Callable[[], None]:
+    """Loss and backward on x [N, D], as a call to be timed."""
+
+    def call() -> None:
+        sae.zero_grad(set_to_none=True)
+        sae.loss(x).loss.backward()
+
+    return call
+
+
 def naive_topk_step(sae: naive.NaiveSAE, x: Tensor, k: int) -> Callable[[], None]:
     """TopK written with torch.topk over a dense [N, F] and a dense decoder."""
     optimizer = torch.optim.Adam(sae.parameters(), lr=LEARNING_RATE, fused=True)
@@ -155,10 +174,10 @@ def extra_memory(sae: fastsae.SAE, x: Tensor) -> float:
 
 
 def line(row: dict[str, Any]) -> str:
-    text = f"{row['variant']:<22} {row['median_ms']:9.1f} ms ({row['p20_ms']:.1f} to {row['p80_ms']:.1f})"
+    text = f"{row['variant']:<34} {row['median_ms']:9.1f} ms ({row['p20_ms']:.1f} to {row['p80_ms']:.1f})"
     text += f"  {row['gemms']:5.2f} encoder products"
     if "extra" in row:
         text += f"  L0 {row['l0']:.1f}  {row['extra']:.2f} of [N, F] allocated beyond gradients"
-    goal = GOALS.get(row["variant"])
+    goal = goal_of(row["variant"])
     at_goal = (row["N"], row["D"], row["F"], row["K"], row["dtype"]) == (N, D, F, K, "float32")
     return f"{text}  (goal: {goal})" if goal is not None and at_goal else text

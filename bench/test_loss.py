@@ -15,10 +15,13 @@ def x():
     return torch.randn(N, D, generator=torch.Generator().manual_seed(0))
 
 
-def test_topk(benchmark, x):
+@pytest.mark.parametrize("activation", ["topk", "batchtopk", "relu", "jumprelu"])
+def test_loss_and_backward(benchmark, x, activation):
     import fastsae
 
-    sae = fastsae.SAE(d_in=D, d_sae=F, activation="topk", k=K)
+    sae = fastsae.SAE(d_in=D, d_sae=F, activation=activation, k=K, max_l0=F)
+    if activation in ("relu", "jumprelu"):
+        sae.b_enc.data.fill_(-2.4)  # 30 or so latents above 0, as x ~ N(0, 1) and rows are unit ones
 
     def call():
         out = sae.loss(x)

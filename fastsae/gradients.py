@@ -51,6 +51,8 @@ def of_code(
             rows, values, indices, counts, weight, bias, w_dec, threshold, bandwidth, norms, pull, want_x
         )
     F = weight.shape[0]
+    if counts is not None and counts.device.type == "cpu" and bool((counts == indices.shape[1]).all()):
+        counts = None  # every slot is in use: nothing to pick out
     order = cpu.by_feature(indices, counts, F)
     used = order.of(values)
     d_values = cpu.paired_dots(w_dec, order.feature, pull.out, order.token)  # [M]
