@@ -104,9 +104,9 @@ def run(
 def sae_for(variant: str, x: Tensor, f: int, k: int) -> fastsae.SAE:
     """A fresh SAE; the ReLU one with biases that leave about k latents active."""
     dtype: Any = str(x.dtype).removeprefix("torch.")
-    activation = "topk" if "topk" in variant else "relu"
+    activation: Any = next((name for name in ("batchtopk", "topk", "jumprelu") if name in variant), "relu")
     sae = fastsae.SAE(d_in=x.shape[1], d_sae=f, activation=activation, k=k, dtype=dtype)
-    if activation == "relu":
+    if activation in ("relu", "jumprelu"):
         with torch.no_grad():
             pre = x[:256].float() @ sae.encoder.weight.float().T
             sae.encoder.bias.fill_(-pre.flatten().topk(k * pre.shape[0]).values[-1])

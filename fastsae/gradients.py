@@ -26,29 +26,36 @@ class Pull(NamedTuple):
 
 
 class WeightGradients(NamedTuple):
-    """w_dec and weight [F, D], bias [F], and threshold [F] where there is one; in the dtypes of the parameters."""
+    """w_dec and weight [F, D], bias [F], and threshold [F] where there is one; in the dtypes of the parameters.
+
+    features: None, or [U] where there are rows for some features only: which, F for rows that stand for none.
+    """
 
     w_dec: Tensor
     weight: Tensor
     bias: Tensor
     threshold: Tensor | None
+    features: Tensor | None = None
 
 
 def of_code(
     rows: Tensor, values: Tensor, indices: Tensor, counts: Tensor | None, weight: Tensor, bias: Tensor, w_dec: Tensor,
     threshold: Tensor | None, bandwidth: float, norms: Tensor | None, pull: Pull, want_x: bool, triton: bool,
+    compact: bool = False,
 ) -> tuple[WeightGradients, Tensor | None]:  # fmt: skip
     """Gradients of all weights, and of rows (x − centre, [N, D]) if wanted.
 
     With g = pull.out, dL/dpre[n, f] = ⟨g[n], w_dec[f]⟩ + pull.l1[n] (· norms[f] where given) + pull.values of active
     entries. threshold [F] and bandwidth: of JumpReLU, whose band of entries passes a gradient on to the threshold
     ("Jumping Ahead", 2024, eq. 11 and 12); entries of the band that are not active have value 0.
+    compact: rows only for features that fired (`features` says which; a kernel's list may end in rows that stand for
+    none), for an optimizer that needs no dense gradient.
     """
     if triton:
         from fastsae.kernels import weight_grad
 
         return weight_grad.of_code(
-            rows, values, indices, counts, weight, bias, w_dec, threshold, bandwidth, norms, pull, want_x
+            rows, values, indices, counts, weight, bias, w_dec, threshold, bandwidth, norms, pull, want_x, compact
         )
     F = weight.shape[0]
     if counts is not None and counts.device.type == "cpu" and bool((counts == indices.shape[1]).all()):
@@ -61,24 +68,32 @@ def of_code(
         d_values += of_l1 if norms is None else of_l1 * norms[order.feature].to(d_values.dtype)
     if pull.values is not None:
         d_values += order.of(pull.values).to(d_values.dtype)
+    features, at, offsets, U = None, order.feature, order.offsets, F  # at: the row of the gradients of each entry
+    if compact:
+        fired = offsets.diff() > 0
+        features = fired.nonzero().squeeze(1)
+        U = features.numel()
+        at = (fired.cumsum(0) - 1)[order.feature]
+        offsets = torch.cat([offsets[:-1][fired], offsets[-1:]])
     d_threshold = None
     if threshold is not None:
         theta = threshold[order.feature]
         band = (used == 0) | (used - theta < bandwidth / 2)
         slope = d_values * theta if pull.l0 is None else d_values * theta + pull.l0[order.token]
-        d_threshold = sum_at(order.feature, -(slope * band) / bandwidth if bandwidth else slope * 0, F, threshold)
+        d_threshold = sum_at(at, -(slope * band) / bandwidth if bandwidth else slope * 0, U, threshold)
         d_values = d_values * (used > 0)
-    d_weight = cpu.weighted_rows(rows, order.token, d_values, order.offsets)
-    d_bias = sum_at(order.feature, d_values, F, bias)
-    d_w = cpu.weighted_rows(pull.out, order.token, used, order.offsets)
+    d_weight = cpu.weighted_rows(rows, order.token, d_values, offsets)
+    d_bias = sum_at(at, d_values, U, bias)
+    d_w = cpu.weighted_rows(pull.out, order.token, used, offsets)
     if norms is not None and pull.l1 is not None:
-        add_norm_gradient(d_w, w_dec, sum_at(order.feature, pull.l1[order.token] * used, F, norms), norms)
+        of_rows = (w_dec, norms) if features is None else (w_dec[features], norms[features])
+        add_norm_gradient(d_w, of_rows[0], sum_at(at, pull.l1[order.token] * used, U, norms), of_rows[1])
     d_rows = None
     if want_x:
         flat = cpu.by_token(indices, counts)
         by_slot = d_values.new_zeros(values.numel()).index_put_((order.slot,), d_values).view_as(values)
         d_rows = cpu.weighted_rows(weight, flat.feature, flat.of(by_slot), flat.offsets)
-    return WeightGradients(d_w, d_weight, d_bias, d_threshold), d_rows
+    return WeightGradients(d_w, d_weight, d_bias, d_threshold, features), d_rows
 
 
 def sum_at(where: Tensor, what: Tensor, size: int, like: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ def forward_kernel(
                 weight = value * tl.load(norms_ptr + features).to(tl.float32)[None, :]
             l1 += tl.sum(weight, axis=1)
             l0 += tl.sum(active.to(tl.float32), axis=1)
-            tl.atomic_add(fired_ptr + features, tl.sum(active.to(tl.int32), axis=0), mask=(f < F) & first)
+            tl.atomic_add(fired_ptr + features, tl.sum(active.to(tl.int32), axis=0), mask=f < tl.where(first, F, 0))
             start += BLOCK_F
         inside = (at < n_list)[:, None] & (d < D)[None, :]
         acc += tl.load(b_dec_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
@@ -88,8 +88,8 @@ def forward_kernel(
             target = tl.load(target_ptr + rows.to(tl.int64)[:, None] * stride_tn + d[None, :], mask=inside, other=0.0)
             acc -= target.to(tl.float32)
             tl.store(residual_ptr + where, acc.to(residual_ptr.dtype.element_ty), mask=inside)
-        tl.store(l1_ptr + rows, l1, mask=(at < n_list) & first)
-        tl.store(l0_ptr + rows, l0, mask=(at < n_list) & first)
+        tl.store(l1_ptr + rows, l1, mask=at < tl.where(first, n_list, 0))
+        tl.store(l0_ptr + rows, l0, mask=at < tl.where(first, n_list, 0))
         tile += tl.num_programs(0)
 
 
@@ -169,7 +169,7 @@ def weights_kernel(
         acc_enc += tl.load(d_w_ptr + where, mask=mask, other=0.0).to(tl.float32)
         tl.store(d_w_dec_ptr + where, acc_dec.to(d_w_dec_ptr.dtype.element_ty), mask=mask)
         tl.store(d_w_ptr + where, acc_enc.to(d_w_ptr.dtype.element_ty), mask=mask)
-        one = (f < F) & first
+        one = f < tl.where(first, F, 0)  # not `& first`, which Triton 3.9's interpreter makes bytes of
         sum_bias += tl.load(d_bias_ptr + features, mask=one, other=0.0).to(tl.float32)
         tl.store(d_bias_ptr + features, sum_bias.to(d_bias_ptr.dtype.element_ty), mask=one)
         if HAS_THETA:

@@ -100,7 +100,7 @@ def weight_grad_kernel(
                 band = (at < stop) & ((value == 0) | (value - theta < bandwidth / 2))
                 sum_theta -= tl.sum(tl.where(band, slope, 0.0), axis=0) / bandwidth
             d_pre = tl.where(value > 0, d_value, 0.0)
-            tl.store(d_pre_ptr + entry, d_pre, mask=(at < stop) & first)
+            tl.store(d_pre_ptr + entry, d_pre, mask=at < tl.where(first, stop, 0))
             sum_bias += tl.sum(d_pre, axis=0)
             x = tl.load(x_ptr + n[:, None] * stride_xn + d[None, :], mask=inside, other=0.0).to(tl.float32)
             acc_w += tl.sum(value[:, None] * g, axis=0)
@@ -239,10 +239,9 @@ def warps(block_d: int, share: int) -> int:
 
 
 class ByFeature(NamedTuple):
-    """What one pass makes: gradients with a row for each of features [U], and d_pre [N, K], written in used slots."""
+    """What one pass makes: the gradients, and d_pre [N, K], written in used slots."""
 
     made: WeightGradients
-    features: Tensor
     d_pre: Tensor
 
 
@@ -292,13 +291,15 @@ def weight_grad(
             reduce_kernel[(code.split.shape[0], slices)](
                 code.split, partial, scalars, w, norm, *outputs, D, w.stride(0), num_warps=warps(block_d, 8), **options
             )
-    return ByFeature(WeightGradients(d_w, d_weight, d_bias, d_theta), code.features, d_pre)
+    features = code.features if compact else None
+    return ByFeature(WeightGradients(d_w, d_weight, d_bias, d_theta, features), d_pre)
 
 
 def of_code(
     rows: Tensor, values: Tensor, indices: Tensor, counts: Tensor | None, weight: Tensor, bias: Tensor, w_dec: Tensor,
     threshold: Tensor | None, bandwidth: float, norms: Tensor | None, pull: Pull, want_x: bool,
+    compact: bool = False,
 ) -> tuple[WeightGradients, Tensor | None]:  # fmt: skip
     """As `gradients.of_code`. dx is a gather like decode, of the encoder's rows with dL/dpre for weights."""
-    found = weight_grad(rows, values, indices, counts, bias, w_dec, threshold, bandwidth, norms, pull)
+    found = weight_grad(rows, values, indices, counts, bias, w_dec, threshold, bandwidth, norms, pull, compact)
     return found.made, decode(indices, found.d_pre, weight, counts) if want_x else None

@@ -19,7 +19,10 @@ def watched(sae: fastsae.SAE, x: torch.Tensor) -> Watch:
     return watch
 
 
-@pytest.mark.parametrize("variant", ["topk", "relu", "topk with dead latents", "relu, dense"])
+VARIANTS = ["topk", "relu", "batchtopk", "jumprelu", "topk with dead latents", "relu, dense", "jumprelu, dense"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_no_tensor_of_a_quarter_of_tokens_times_features(variant) -> None:
     N, D, F, K = 1024, 64, 4096, 16
     x = torch.randn(N, D, generator=torch.Generator().manual_seed(0))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fastsae
 from fastsae import autoencode as fused
-from fastsae import reference
+from fastsae import auxk, ops, reference
 from fastsae.autoencode import RULES, Autoencoded, autoencode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -242,6 +242,18 @@ def arguments(rule: str, dtype: torch.dtype = torch.float64, dead: bool = False)
 def test_opcheck(rule):
     torch.library.opcheck(fused._autoencode, arguments(rule))
     torch.library.opcheck(fused._autoencode, arguments(rule, torch.float32, dead=True))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_opcheck_of_the_parts(rule):
+    p = problem(6, 4, 20)
+    threshold = p["threshold"] if rule == "jumprelu" else None
+    weights = p["x"], p["weight"], p["bias"], p["b_dec"], threshold
+    torch.library.opcheck(ops._select, (*weights, rule, 3, 20, 0.2, "torch", 0))
+    code = ops.encode_topk(p["x"], p["weight"], p["bias"], 3)
+    values = code.values.detach().requires_grad_()
+    torch.library.opcheck(ops._decode, (values, code.indices, code.counts, p["w_dec"], "torch"))
+    torch.library.opcheck(auxk.dead_latents, (torch.arange(9), 5, 0))
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -59,7 +59,7 @@ class Case:
 
 
 def assert_close(made: WeightGradients, want: WeightGradients, tolerance: float) -> None:
-    for name, got, right in zip(WeightGradients._fields, made, want, strict=True):
+    for name, got, right in zip(WeightGradients._fields[:4], made, want, strict=False):
         assert (got is None) == (right is None)
         if got is not None and right is not None:
             error = (got.double() - right).abs().max() / right.abs().max().clamp_min(1e-30)
@@ -77,7 +77,8 @@ def test_against_float64(size, penalty):
                               case.threshold, 0.2, case.norms, case.pull, True)  # fmt: skip
     assert d_rows is not None and dx is not None
     torch.testing.assert_close(dx.double(), d_rows, rtol=1e-4, atol=1e-4)
-    assert all(a is None or b is None or torch.equal(a, b) for a, b in zip(made, found.made, strict=True)), "same bits"
+    same = [torch.equal(a, b) for a, b in zip(made, found.made, strict=True) if a is not None and b is not None]
+    assert len(same) >= 3 and all(same), "same bits"
 
 
 @pytest.mark.parametrize("penalty", PENALTIES)
@@ -104,16 +105,20 @@ def test_half_precision(dtype):
 @pytest.mark.parametrize("penalty", PENALTIES)
 def test_rows_alone_are_those_of_the_dense_gradients(penalty):
     case = Case(9, 4, 60, 16, penalty=penalty)
-    dense, rows = case.run(), case.run(compact=True)
-    fired = rows.features < 60
-    assert torch.equal(rows.features[fired], case.indices[~case.unused].long().unique())
-    assert len(rows.features) == 36 and rows.made.w_dec.shape == (36, 16)
-    for a, b in zip(rows.made, dense.made, strict=True):
-        assert (a is None) == (b is None)
-        if a is not None and b is not None:
-            assert torch.equal(a[fired], b[rows.features[fired]])
-            rest = torch.ones(60, dtype=torch.bool, device=DEVICE).index_fill_(0, rows.features[fired], False)
-            assert not b[rest].any(), "features that did not fire have zeros"
+    operands = (case.x, case.values.nan_to_num(), case.indices, case.counts, case.weight, case.bias, case.w_dec,
+                case.threshold, 0.2, case.norms, case.pull, False)  # fmt: skip
+    for triton in (True, False):
+        (dense, _), (rows, _) = (gradients.of_code(*operands, triton, compact) for compact in (False, True))
+        assert dense.features is None and rows.features is not None
+        fired = rows.features < 60
+        assert torch.equal(rows.features[fired], case.indices[~case.unused].long().unique())
+        assert len(rows.features) == len(rows.w_dec) == (36 if triton else int(fired.sum()))
+        for a, b in zip(rows[:4], dense[:4], strict=True):
+            assert (a is None) == (b is None)
+            if a is not None and b is not None:
+                assert torch.equal(a[fired], b[rows.features[fired]])
+                rest = torch.ones(60, dtype=torch.bool, device=DEVICE).index_fill_(0, rows.features[fired], False)
+                assert not b[rest].any(), "features that did not fire have zeros"
 
 
 @pytest.mark.parametrize("rows", [False, True])
