@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench import results
 from bench.shipped import Shipped, shipped
 
 # Shared memory that one program may use, in bytes, by compute capability: CUDA C++ Programming Guide, table of
@@ -87,6 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="only this compute capability, e.g. 90; may be repeated")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time (one per core)")
     parser.add_argument("--json", type=Path, help="write the table to this file")
+    parser.add_argument("--out", type=Path, help="write a summary by op to this folder, for the README (bench/results)")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -115,7 +117,22 @@ def main(args: argparse.Namespace) -> int:
         print(problem)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    if args.out:
+        about = results.machine() | {"triton": triton.__version__}  # which may not be the one that is installed
+        results.save("compile", about, summary(rows), args.out / f"compile-triton-{triton.__version__}.json")
     return 1 if problems else 0
+
+
+def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """By op: how many variants × GPUs, how many of them have a problem, and the most that one of them uses."""
+    found = []
+    for op in dict.fromkeys(row["op"] for row in rows):
+        these = [row for row in rows if row["op"] == op]
+        most = {name: max(row.get(name, 0) for row in these) for name in ("registers", "stack_bytes", "shared_bytes")}
+        capabilities = sorted({row["capability"] for row in these})
+        problems = sum(row["problem"] is not None for row in these)
+        found.append({"op": op, "compiled": len(these), "capabilities": capabilities, "problems": problems} | most)
+    return found
 
 
 def _compile_item(number: int, capabilities: list[int]) -> list[dict[str, Any]]:

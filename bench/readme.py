@@ -90,6 +90,19 @@ def _gpu_table(result: Row) -> str:
     return f"{_caption(result['machine'])}\n\n{table}\n{'; '.join(sizes.values())}.\n"
 
 
+def _compile_table(result: Row) -> str:
+    """What the compiler says of the kernels; nothing here has run."""
+    rows = result["rows"]
+    body = [[row["op"], row["compiled"], row["problems"], row["registers"], row["stack_bytes"],
+             f"{row['shared_bytes'] / 1024:.0f}"] for row in rows]  # fmt: skip
+    table = _table(["op", "compiled", "with a problem", "registers, at most", "bytes of stack, at most",
+                    "KiB of shared memory, at most"], body)  # fmt: skip
+    chips = ", ".join(f"sm_{c}" for c in rows[0]["capabilities"])
+    about = result["machine"]
+    commit = f"commit {about['commit']}, " if about.get("commit") else ""
+    return f"Compiled, not run, by Triton {about['triton']} for {chips}; {commit}{about['date'].split()[0]}:\n\n{table}"
+
+
 # Bricken et al. 2023, run A/1 (4,096 features): the same quantity, where the paper or its published data has it.
 PAPER_GOALS = {
     "L0": "4.9",
@@ -147,7 +160,9 @@ def _effects(row: Row) -> list[str]:
     return cells + [f"{pinning[name]:.1%}" if pinning else "" for name in ("pinned", "unpinned", "neuron")]
 
 
-TABLES: dict[str, Callable[[Row], str]] = {"step": _step_table, "gpu": _gpu_table, "demo": _demo_table}
+TABLES: dict[str, Callable[[Row], str]] = {
+    "step": _step_table, "gpu": _gpu_table, "demo": _demo_table, "compile": _compile_table,
+}  # fmt: skip
 
 
 def _time(row: Row) -> str:

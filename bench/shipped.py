@@ -213,7 +213,7 @@ def _weight_grad() -> Iterator[Shipped]:
             _types(pointers, "F K D", "stride_gn stride_xn stride_wf") | {"bandwidth": "fp32"},
             flags | more | size | {"TOGETHER": weight_grad.TOGETHER, "HAS_DOTS": dots},
             (*pointers, *whole, *(("stride_gn", "stride_xn", "stride_wf") if whole else ())),
-            weight_grad.warps(block_d, 8 if dots else 16),
+            weight_grad.warps(block_d, 8 if dots else 16), maxnreg=weight_grad.REGISTERS,
         )
         if dots:
             continue

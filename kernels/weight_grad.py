@@ -28,6 +28,8 @@ SPLIT = 256  # tokens of a piece
 TOGETHER = 2  # tokens whose rows are under way at a time
 WIDEST = 4096  # a row of W_dec, two sums and rows of g and x stand in the registers of one program
 SLICE = 2048  # of a row, where it is shared
+# Told so, the assembler neither spills a few bytes, as it does left to itself, nor takes so many that few programs fit.
+REGISTERS = 168
 DOTS_K, DOTS_D, DOTS_WARPS = 16, 256, 4
 
 
@@ -285,7 +287,9 @@ def weight_grad(
             l1, l0, norm, theta, d_pre, *outputs, partial, scalars,
             F, max(K, 1), D, float(bandwidth) or 1.0, g.stride(0), x.stride(0), w.stride(0),
             HAS_DOTS=with_dots, HAS_D_VALUES=pull.values is not None, HAS_L1=pull.l1 is not None,
-            HAS_L0=pull.l0 is not None, TOGETHER=TOGETHER, num_warps=warps(block_d, 8 if with_dots else 16), **options,
+            HAS_L0=pull.l0 is not None, TOGETHER=TOGETHER, num_warps=warps(block_d, 8 if with_dots else 16),
+            maxnreg=REGISTERS,
+            **options,
         )
         if code.split.shape[0]:
             reduce_kernel[(code.split.shape[0], slices)](
