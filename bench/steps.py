@@ -40,8 +40,8 @@ def sae_for(shape: Shape, dtype: torch.dtype, device: torch.device, rule: str) -
 
     name: Any = str(dtype).removeprefix("torch.")
     activation: Any = rule
-    sizes = {"d_in": shape.D, "d_sae": shape.F, "k": shape.K}
-    sae = SAE(**sizes, activation=activation, dtype=name, backend="triton", device=device)  # type: ignore[arg-type]
+    sizes: Any = {"d_in": shape.D, "d_sae": shape.F, "k": shape.K}
+    sae = SAE(**sizes, activation=activation, dtype=name, backend="triton", device=device)
     if rule in ("relu", "jumprelu"):
         # Pre-activations of unit rows are N(0, 1).
         threshold = torch.special.ndtri(torch.tensor(1 - shape.K / shape.F, dtype=torch.float64))

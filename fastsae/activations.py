@@ -27,7 +27,7 @@ the coefficient follows from the error that training ends with.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,7 +60,7 @@ class Rule:
         self.sae = sae
 
     @property
-    def options(self) -> dict[str, object]:
+    def options(self) -> dict[str, Any]:
         """Of `autoencode`."""
         return {"rule": self.sae.cfg.activation}
 
@@ -75,27 +75,26 @@ class Rule:
     def pre_activations(self, rows: Tensor) -> Tensor:
         return ops.pre_activations(rows, self.sae.encoder.weight, self.sae.encoder.bias, self.sae.centre)
 
-    def autoencode(self, rows: Tensor, wanted: Tensor | None, **more: object) -> Autoencoded:
+    def autoencode(self, rows: Tensor, wanted: Tensor | None, **more: Any) -> Autoencoded:
         """Without wanted only x̂ means something."""
         sae = self.sae
         return autoencode(
             rows, sae.encoder.weight, sae.encoder.bias, sae.W_dec, sae.b_dec,
             target=wanted, centred=sae.cfg.apply_b_dec_to_input, backend=sae.cfg.backend, room=sae.room,
-            **(self.options | more),  # type: ignore[arg-type]
+            **(self.options | more),
         )  # fmt: skip
 
     def parts(self, rows: Tensor, wanted: Tensor) -> Parts:
         made = self.autoencode(rows, wanted, **self.dead())
         n = max(rows.shape[0], 1)
-        zero = torch.zeros_like(made.l1[:0]).sum()
-        aux = self.sae.cfg.aux_coefficient * made.aux.sum() / n if made.aux.shape[0] else zero
-        return Parts(made.error.sum() / n, self.penalty(made) / n, aux, made)
+        aux = self.sae.cfg.aux_coefficient * made.aux.sum()
+        return Parts(made.error.sum() / n, self.penalty(made) / n, aux / n, made)
 
     def penalty(self, made: Autoencoded) -> Tensor:
         """A sum over rows."""
-        return torch.zeros_like(made.l1[:0]).sum()
+        return made.l1.new_zeros(())
 
-    def dead(self) -> dict[str, object]:
+    def dead(self) -> dict[str, Any]:
         """Options of `autoencode` for AuxK; none where the rule has no AuxK, it is turned off, or outside of
         training."""
         return {}
@@ -105,7 +104,7 @@ class ReLU(Rule):
     """Every positive pre-activation, with an L1 penalty."""
 
     @property
-    def options(self) -> dict[str, object]:
+    def options(self) -> dict[str, Any]:
         cfg = self.sae.cfg
         return {"rule": "relu", "most": cfg.max_active, "weighted": cfg.l1_weighting == "decoder_norm"}
 
@@ -129,7 +128,7 @@ class JumpReLU(Rule):
     """
 
     @property
-    def options(self) -> dict[str, object]:
+    def options(self) -> dict[str, Any]:
         most, threshold = self.sae.cfg.max_active, self.sae.threshold
         return {"rule": "jumprelu", "most": most, "threshold": threshold, "bandwidth": self.bandwidth}
 
@@ -159,7 +158,7 @@ class TopK(Rule):
     """The k largest pre-activations, of equal ones the lower features; AuxK keeps dead latents in reach."""
 
     @property
-    def options(self) -> dict[str, object]:
+    def options(self) -> dict[str, Any]:
         return {"rule": "topk", "k": self.sae.cfg.k}
 
     def encode(self, rows: Tensor) -> SparseCode:
@@ -168,7 +167,7 @@ class TopK(Rule):
             rows, sae.encoder.weight, sae.encoder.bias, sae.cfg.k, sae.centre, backend=sae.cfg.backend
         )
 
-    def dead(self) -> dict[str, object]:
+    def dead(self) -> dict[str, Any]:
         sae = self.sae
         if sae.cfg.aux_coefficient == 0 or not sae.training:
             return {}
@@ -184,7 +183,7 @@ class BatchTopK(TopK):
     """
 
     @property
-    def options(self) -> dict[str, object]:
+    def options(self) -> dict[str, Any]:
         sae = self.sae
         if sae.training:
             return {"rule": "batchtopk", "k": sae.cfg.k}

@@ -25,7 +25,8 @@ from torch import Tensor
 from fastsae import auxk, cpu, dense, gradients, selection
 from fastsae.capacity import room_of
 from fastsae.codes import SparseCode
-from fastsae.dispatch import use_triton
+from fastsae.dispatch import check_encode, check_k, check_threshold, use_triton
+from fastsae.errors import DataError
 from fastsae.gradients import Pull, cast_for_autocast, no_second_gradient, widened
 
 RULES = ("relu", "topk", "jumprelu", "batchtopk")
@@ -64,10 +65,24 @@ def autoencode(
 ) -> Autoencoded:  # fmt: skip
     """x, target: [N, D]; weight, w_dec: [F, D]; bias, threshold: [F]; b_dec: [D]; of one dtype and on one device.
 
-    rule: relu, topk, jumprelu or batchtopk; k: of the latter two of these with a k. most: entries of a row beyond which
+    rule: relu, topk, jumprelu or batchtopk; k: of topk and batchtopk. most: entries of a row beyond which
     relu and jumprelu take the dense path, F by default. dead: [S] latents for aux, those of them that is_dead [F]
-    names. room: a number of the caller's own (`dispatch.new_room`).
+    names. room: a number of the caller's own (`capacity.new_room`).
+
+    Raises DataError (a ValueError) for an unknown rule, and for shapes, dtypes, devices and k that do not fit.
     """
+    if rule not in RULES:
+        raise DataError(f"expected a rule of {', '.join(RULES)}, got {rule!r}")
+    check_encode(x, weight, bias, b_dec, False)
+    if w_dec.shape != weight.shape or (target is not None and target.shape != x.shape):
+        got = tuple(w_dec.shape), None if target is None else tuple(target.shape)
+        raise DataError(f"expected w_dec {tuple(weight.shape)} and target {tuple(x.shape)}, got {got[0]} and {got[1]}")
+    if rule in ("topk", "batchtopk"):
+        check_k(k, weight.shape[0])
+    if rule == "jumprelu":
+        if threshold is None:
+            raise DataError(f"jumprelu needs a threshold [{weight.shape[0]}], got None; relu has none")
+        check_threshold(threshold, bias, bandwidth)
     most = weight.shape[0] if most is None else most
     x, target, weight, bias, w_dec, b_dec, threshold = cast_for_autocast(
         x, target, weight, bias, w_dec, b_dec, threshold

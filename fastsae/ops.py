@@ -203,7 +203,7 @@ _select_backward.register_autograd(no_second_gradient, setup_context=lambda ctx,
 @torch.library.custom_op("fastsae::decode", mutates_args=())
 def _decode(values: Tensor, indices: Tensor, counts: Tensor | None, w_dec: Tensor, backend: str) -> Tensor:
     with torch.autocast(w_dec.device.type, enabled=False):
-        if use_triton(backend, w_dec):  # type: ignore[arg-type]
+        if use_triton(backend, w_dec):
             from fastsae.kernels import decode as kernel
 
             return kernel.decode(indices, values, w_dec, counts)

@@ -200,6 +200,22 @@ def test_errors_in_low_precision_are_no_larger_than_those_of_dense_torch(dtype, 
             assert ours <= 1.5 * other + slack, f"{name}: {ours:.3g} against {other:.3g} of torch"
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rule": "gated"}, "expected a rule of relu, topk, jumprelu, batchtopk, got 'gated'"),
+        ({"rule": "topk", "k": 10}, "k in 1 … 9"),
+        ({"rule": "jumprelu"}, r"needs a threshold \[9\], got None"),
+        ({"rule": "jumprelu", "threshold": torch.ones(3)}, "threshold must be"),
+        ({"rule": "relu", "target": torch.ones(2, 4)}, r"target \(5, 4\), got .* and \(2, 4\)"),
+    ],
+)
+def test_bad_input_is_a_clear_error(change, message):
+    p = problem(5, 4, 9)
+    with pytest.raises(ValueError, match=message):
+        autoencode(p["x"], p["weight"], p["bias"], p["w_dec"], p["b_dec"], **change)
+
+
 # --- in kernels -----------------------------------------------------------------------------------------------------
 
 
