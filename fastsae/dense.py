@@ -8,6 +8,7 @@ Axes: N tokens, F dictionary size, D width, C features of a chunk.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -50,33 +51,58 @@ def backward(
     norms: Tensor | None, pull: Pull, want_x: bool,
 ) -> tuple[WeightGradients, Tensor | None]:  # fmt: skip
     """Gradients of weight, bias, w_dec and threshold, and of x if wanted, where pull holds those of the outputs."""
-    N, F = x.shape[0], weight.shape[0]
     d_x = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) if want_x else None
-    d_weight, d_bias, d_w = torch.empty_like(weight), torch.empty_like(bias), torch.empty_like(w_dec)
-    d_threshold = None if threshold is None else torch.empty_like(threshold)
-    d_l1, d_out = pull.l1, pull.out
-    for chunk in cpu.chunks(x, weight, bias, cpu.by_columns(N, F)[1]):
+    made = WeightGradients(
+        torch.empty_like(w_dec), torch.empty_like(weight), torch.empty_like(bias),
+        None if threshold is None else torch.empty_like(threshold),
+    )  # fmt: skip
+    for _ in blocks(x, weight, bias, w_dec, threshold, bandwidth, norms, pull, made, d_x):
+        pass
+    return made, d_x
+
+
+def blocks(
+    x: Tensor, weight: Tensor, bias: Tensor, w_dec: Tensor, threshold: Tensor | None, bandwidth: float,
+    norms: Tensor | None, pull: Pull, out: WeightGradients | None = None, d_x: Tensor | None = None,
+) -> Iterator[tuple[slice, WeightGradients]]:  # fmt: skip
+    """The gradients, some features at a time: which, and their rows, in buffers that the next ones overwrite, or views
+    of out where that is given. Parameters of features that have been may change meanwhile. Adds to d_x [N, D]."""
+    N, F = x.shape[0], weight.shape[0]
+    width = cpu.by_columns(N, F)[1]
+    scratch = (w_dec.new_empty(width, w_dec.shape[1]), weight.new_empty(width, x.shape[1])) if out is None else ()
+    for chunk in cpu.chunks(x, weight, bias, width):
         part = slice(chunk.start, chunk.stop)
+        if out is None:
+            d_w, d_weight = (t[: chunk.stop - chunk.start] for t in scratch)
+            d_bias, d_threshold = bias.new_empty(d_w.shape[0]), None if threshold is None else bias.new_empty(0)
+        else:
+            d_w, d_weight, d_bias, d_threshold = (t if t is None else t[part] for t in out[:4])
         w = w_dec[part]
-        d_f = d_out @ w.T  # [N, C]
-        if d_l1 is not None:
-            d_f += d_l1[:, None] if norms is None else d_l1[:, None] * norms[part].to(d_f.dtype)
-        if threshold is not None:
-            assert d_threshold is not None
-            theta = threshold[part]
-            band = ((chunk.pre - theta).abs() < bandwidth / 2).to(d_f.dtype)
-            slope = d_f * theta if pull.l0 is None else d_f * theta + pull.l0[:, None]
-            d_threshold[part] = -(slope * band).sum(0) / bandwidth if bandwidth else 0
+        d_f = pull.out @ w.T  # [N, C]
+        if pull.l1 is not None:
+            d_f += pull.l1[:, None] if norms is None else pull.l1[:, None] * norms[part].to(d_f.dtype)
+        if threshold is not None and d_threshold is not None:
+            slope = _slope(chunk.pre, d_f, threshold[part], bandwidth, pull.l0)
+            d_threshold = slope if out is None else d_threshold.copy_(slope)
         f = _activate(chunk.pre, threshold, part)
-        torch.mm(f.T, d_out, out=d_w[part])
-        if norms is not None and d_l1 is not None:
-            add_norm_gradient(d_w[part], w, d_l1.to(f.dtype) @ f, norms[part])
+        torch.mm(f.T, pull.out, out=d_w)
+        if norms is not None and pull.l1 is not None:
+            add_norm_gradient(d_w, w, pull.l1.to(f.dtype) @ f, norms[part])
         d_pre = d_f.mul_(f > 0)
-        torch.mm(d_pre.T, x, out=d_weight[part])
-        torch.sum(d_pre, 0, out=d_bias[part])
+        torch.mm(d_pre.T, x, out=d_weight)
+        torch.sum(d_pre, 0, out=d_bias)
         if d_x is not None:
             d_x += d_pre @ weight[part]
-    return WeightGradients(d_w, d_weight, d_bias, d_threshold), d_x
+        yield part, WeightGradients(d_w, d_weight, d_bias, d_threshold)
+
+
+def _slope(pre: Tensor, d_f: Tensor, theta: Tensor, bandwidth: float, d_l0: Tensor | None) -> Tensor:
+    """dL/dθ [C] of the entries pre [N, C] whose latents' values pull with d_f [N, C]."""
+    if not bandwidth:
+        return torch.zeros_like(theta)
+    band = ((pre - theta).abs() < bandwidth / 2).to(d_f.dtype)
+    slope = d_f * theta if d_l0 is None else d_f * theta + d_l0[:, None]
+    return (-(slope * band).sum(0) / bandwidth).to(theta.dtype)
 
 
 def _activate(pre: Tensor, threshold: Tensor | None, part: slice) -> Tensor:

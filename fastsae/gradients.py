@@ -8,6 +8,7 @@ Axes: N tokens, K slots per token, F dictionary size, D width, M used slots.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -57,43 +58,89 @@ def of_code(
         return weight_grad.of_code(
             rows, values, indices, counts, weight, bias, w_dec, threshold, bandwidth, norms, pull, want_x, compact
         )
-    F = weight.shape[0]
-    if counts is not None and counts.device.type == "cpu" and bool((counts == indices.shape[1]).all()):
-        counts = None  # every slot is in use: nothing to pick out
-    order = cpu.by_feature(indices, counts, F)
-    used = order.of(values)
-    d_values = cpu.paired_dots(w_dec, order.feature, pull.out, order.token)  # [M]
-    if pull.l1 is not None:
-        of_l1 = pull.l1[order.token].to(d_values.dtype)
-        d_values += of_l1 if norms is None else of_l1 * norms[order.feature].to(d_values.dtype)
-    if pull.values is not None:
-        d_values += order.of(pull.values).to(d_values.dtype)
-    features, at, offsets, U = None, order.feature, order.offsets, F  # at: the row of the gradients of each entry
-    if compact:
-        fired = offsets.diff() > 0
-        features = fired.nonzero().squeeze(1)
-        U = features.numel()
-        at = (fired.cumsum(0) - 1)[order.feature]
-        offsets = torch.cat([offsets[:-1][fired], offsets[-1:]])
-    d_threshold = None
-    if threshold is not None:
-        theta = threshold[order.feature]
-        band = (used == 0) | (used - theta < bandwidth / 2)
-        slope = d_values * theta if pull.l0 is None else d_values * theta + pull.l0[order.token]
-        d_threshold = sum_at(at, -(slope * band) / bandwidth if bandwidth else slope * 0, U, threshold)
-        d_values = d_values * (used > 0)
-    d_weight = cpu.weighted_rows(rows, order.token, d_values, offsets)
-    d_bias = sum_at(at, d_values, U, bias)
-    d_w = cpu.weighted_rows(pull.out, order.token, used, offsets)
-    if norms is not None and pull.l1 is not None:
-        of_rows = (w_dec, norms) if features is None else (w_dec[features], norms[features])
-        add_norm_gradient(d_w, of_rows[0], sum_at(at, pull.l1[order.token] * used, U, norms), of_rows[1])
-    d_rows = None
-    if want_x:
+    code = ByFeature.of(rows, values, indices, counts, bias, w_dec, threshold, bandwidth, norms, pull)
+    code = code.compact() if compact else code
+    made = code.gradients(0, code.offsets.numel() - 1)
+    return made, code.of_rows(weight, values, indices, counts) if want_x else None
+
+
+@dataclass(frozen=True, eq=False)
+class ByFeature:
+    """A code sorted by feature, with what pulls at each of its M entries: any range of rows of the gradients is then
+    two sums over rows of x and g. features: None, or [U], which features there are rows for; offsets [U + 1]: the
+    entries of each."""
+
+    rows: Tensor
+    w_dec: Tensor
+    norms: Tensor | None
+    pull: Pull
+    order: cpu.ByFeature
+    used: Tensor  # [M]: values
+    d_pre: Tensor  # [M]
+    sums: tuple[Tensor, Tensor | None, Tensor | None]
+    """dL/d bias [F], dL/d threshold [F], and Σ pull.l1 · value [F], which pulls at the norms."""
+    offsets: Tensor
+    features: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls, rows: Tensor, values: Tensor, indices: Tensor, counts: Tensor | None, bias: Tensor, w_dec: Tensor,
+        threshold: Tensor | None, bandwidth: float, norms: Tensor | None, pull: Pull,
+    ) -> ByFeature:  # fmt: skip
+        """Arguments as for `of_code`."""
+        F = w_dec.shape[0]
+        if counts is not None and counts.device.type == "cpu" and bool((counts == indices.shape[1]).all()):
+            counts = None  # every slot is in use: nothing to pick out
+        order = cpu.by_feature(indices, counts, F)
+        used = order.of(values)
+        d_values = cpu.paired_dots(w_dec, order.feature, pull.out, order.token)  # [M]
+        if pull.l1 is not None:
+            of_l1 = pull.l1[order.token].to(d_values.dtype)
+            d_values += of_l1 if norms is None else of_l1 * norms[order.feature].to(d_values.dtype)
+        if pull.values is not None:
+            d_values += order.of(pull.values).to(d_values.dtype)
+        d_threshold = of_norms = None
+        if threshold is not None:
+            theta = threshold[order.feature]
+            band = (used == 0) | (used - theta < bandwidth / 2)
+            slope = d_values * theta if pull.l0 is None else d_values * theta + pull.l0[order.token]
+            slope = -(slope * band) / bandwidth if bandwidth else slope * 0
+            d_threshold = sum_at(order.feature, slope, F, threshold)
+            d_values = d_values * (used > 0)
+        if norms is not None and pull.l1 is not None:
+            of_norms = sum_at(order.feature, pull.l1[order.token] * used, F, norms)
+        sums = sum_at(order.feature, d_values, F, bias), d_threshold, of_norms
+        return cls(rows, w_dec, norms, pull, order, used, d_values, sums, order.offsets)
+
+    def compact(self, also: Tensor | None = None) -> ByFeature:
+        """With rows only for features that fired, and those of also [F] bool."""
+        there = self.offsets.diff() > 0
+        features = (there if also is None else there | also).nonzero().squeeze(1)
+        offsets = torch.cat([self.offsets[features], self.offsets[-1:]])
+        sums = tuple(t if t is None else t[features] for t in self.sums)
+        return replace(self, features=features, offsets=offsets, sums=sums)
+
+    def gradients(self, start: int, stop: int) -> WeightGradients:
+        """Rows start : stop of the gradients."""
+        offsets = self.offsets[start : stop + 1]
+        first, last = int(offsets[0]), int(offsets[-1])
+        part, at = slice(first, last), slice(start, stop)
+        token, offsets = self.order.token[part], offsets - first
+        d_weight = cpu.weighted_rows(self.rows, token, self.d_pre[part], offsets)
+        d_w = cpu.weighted_rows(self.pull.out, token, self.used[part], offsets)
+        d_bias, d_threshold, of_norms = (None if t is None else t[at] for t in self.sums)
+        assert d_bias is not None
+        features = None if self.features is None else self.features[at]
+        if of_norms is not None and self.norms is not None:
+            which = at if features is None else features
+            add_norm_gradient(d_w, self.w_dec[which], of_norms, self.norms[which])
+        return WeightGradients(d_w, d_weight, d_bias, d_threshold, features)
+
+    def of_rows(self, weight: Tensor, values: Tensor, indices: Tensor, counts: Tensor | None) -> Tensor:
+        """Of rows: Σ_f dL/dpre[n, f] · weight[f]."""
         flat = cpu.by_token(indices, counts)
-        by_slot = d_values.new_zeros(values.numel()).index_put_((order.slot,), d_values).view_as(values)
-        d_rows = cpu.weighted_rows(weight, flat.feature, flat.of(by_slot), flat.offsets)
-    return WeightGradients(d_w, d_weight, d_bias, d_threshold, features), d_rows
+        by_slot = self.d_pre.new_zeros(values.numel()).index_put_((self.order.slot,), self.d_pre).view_as(values)
+        return cpu.weighted_rows(weight, flat.feature, flat.of(by_slot), flat.offsets)
 
 
 def sum_at(where: Tensor, what: Tensor, size: int, like: Tensor) -> Tensor:
