@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fastsae.evaluate import evaluate
     from fastsae.harvest import harvest
     from fastsae.sae import SAE, LossOutput
+    from fastsae.step import TrainStep
     from fastsae.store import ActivationStore
     from fastsae.train import TrainConfig, train
 
@@ -35,6 +36,7 @@ __all__ = [
     "SAEConfig",
     "SparseCode",
     "TrainConfig",
+    "TrainStep",
     "analysis",
     "evaluate",
     "harvest",
@@ -50,6 +52,7 @@ _HOME = {
     "FastSAEError": "fastsae.errors",
     "ActivationStore": "fastsae.store",
     "TrainConfig": "fastsae.train",
+    "TrainStep": "fastsae.step",
 }
 # Modules that are named after the one function that people want from them: fastsae.train(...) calls it.
 _VERBS = ("train", "harvest", "evaluate")

@@ -64,6 +64,11 @@ class Rule:
         """Of `autoencode`."""
         return {"rule": self.sae.cfg.activation}
 
+    @property
+    def training_options(self) -> dict[str, Any]:
+        """Of `autoencode`, for a caller that makes the gradients itself, with autograd turned off."""
+        return self.options
+
     def encode(self, rows: Tensor) -> SparseCode | None:
         raise NotImplementedError
 
@@ -88,11 +93,25 @@ class Rule:
         made = self.autoencode(rows, wanted, **self.dead())
         n = max(rows.shape[0], 1)
         aux = self.sae.cfg.aux_coefficient * made.aux.sum()
+        self.observe(made)
         return Parts(made.error.sum() / n, self.penalty(made) / n, aux / n, made)
+
+    @property
+    def coefficients(self) -> tuple[float, float]:
+        """What l1 and l0 of a row are multiplied with in the loss."""
+        return 0.0, 0.0
 
     def penalty(self, made: Autoencoded) -> Tensor:
         """A sum over rows."""
-        return made.l1.new_zeros(())
+        of_l1, of_l0 = self.coefficients
+        found = made.l1.new_zeros(())
+        for coefficient, rows in ((of_l1, made.l1), (of_l0, made.l0)):
+            if coefficient:
+                found = found + coefficient * rows.sum()
+        return found
+
+    def observe(self, made: Autoencoded) -> None:
+        """What a rule learns from a training batch beside its parameters."""
 
     def dead(self) -> dict[str, Any]:
         """Options of `autoencode` for AuxK; none where the rule has no AuxK, it is turned off, or outside of
@@ -117,8 +136,9 @@ class ReLU(Rule):
     def encode_dense(self, rows: Tensor) -> Tensor:
         return self.pre_activations(rows).relu()
 
-    def penalty(self, made: Autoencoded) -> Tensor:
-        return self.sae.cfg.l1_coefficient * made.l1.sum()
+    @property
+    def coefficients(self) -> tuple[float, float]:
+        return self.sae.cfg.l1_coefficient, 0.0
 
 
 class JumpReLU(Rule):
@@ -131,6 +151,10 @@ class JumpReLU(Rule):
     def options(self) -> dict[str, Any]:
         most, threshold = self.sae.cfg.max_active, self.sae.threshold
         return {"rule": "jumprelu", "most": most, "threshold": threshold, "bandwidth": self.bandwidth}
+
+    @property
+    def training_options(self) -> dict[str, Any]:
+        return self.options | {"bandwidth": self.sae.cfg.bandwidth}
 
     @property
     def bandwidth(self) -> float:
@@ -150,8 +174,9 @@ class JumpReLU(Rule):
         assert self.sae.threshold is not None
         return reference.jumprelu(self.pre_activations(rows), self.sae.threshold, self.sae.cfg.bandwidth)
 
-    def penalty(self, made: Autoencoded) -> Tensor:
-        return self.sae.cfg.l0_coefficient * made.l0.sum()
+    @property
+    def coefficients(self) -> tuple[float, float]:
+        return 0.0, self.sae.cfg.l0_coefficient
 
 
 class TopK(Rule):
@@ -205,14 +230,11 @@ class BatchTopK(TopK):
         assert self.sae.threshold is not None
         return reference.jumprelu(self.pre_activations(rows), self.sae.threshold, 0.0)
 
-    def parts(self, rows: Tensor, wanted: Tensor) -> Parts:
-        parts = super().parts(rows, wanted)
-        if self.sae.training:
-            self.follow(parts.made.values.detach())
-        return parts
-
-    def follow(self, values: Tensor) -> None:
+    def observe(self, made: Autoencoded) -> None:
         """Moves the running threshold towards the smallest value that was kept; to it, the first time."""
+        if not self.sae.training:
+            return
+        values = made.values.detach()
         running, rate = self.sae.running_threshold, self.sae.cfg.threshold_rate
         with torch.no_grad():  # as a decorator it would end torch.compile's graph
             kept = torch.cat([values.reshape(-1), values.new_zeros(1)])  # there may be none

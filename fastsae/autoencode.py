@@ -37,7 +37,8 @@ class Autoencoded(NamedTuple):
     dead latents. values, indices [N, K] and counts [N] (slots in use), or shape [0, 0] where the code was too dense for
     slots. fired [F] int32: the rows in which a latent was active. x_hat, error, l1, aux and values have gradients,
     and l0 has one with a threshold. is_open [N] bool: rows that needed more slots than the kernels had, which are
-    not in the code and in all else; empty where there is no such thing."""
+    not in the code and in all else; residual [N, D]: x̂ − target; norms [F] of w_dec's rows where l1 is weighted with
+    them; each empty where there is no such thing."""
 
     x_hat: Tensor
     error: Tensor
@@ -49,6 +50,8 @@ class Autoencoded(NamedTuple):
     counts: Tensor
     fired: Tensor
     is_open: Tensor
+    residual: Tensor
+    norms: Tensor
 
     def code(self, d_sae: int) -> SparseCode | None:
         """The code; None where it was too dense for slots. Waits for the device if rows may be missing from it."""
@@ -87,7 +90,7 @@ def autoencode(
     x, target, weight, bias, w_dec, b_dec, threshold = cast_for_autocast(
         x, target, weight, bias, w_dec, b_dec, threshold
     )
-    *out, _, _ = _autoencode(
+    out = _autoencode(
         x, target, weight, bias, w_dec, b_dec, threshold, dead, is_dead,
         rule, k, most, bandwidth, centred, weighted, k_aux, backend, room,
     )  # fmt: skip
@@ -105,8 +108,7 @@ def _autoencode(
 ) -> tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 ]:  # fmt: skip
-    """The fields of Autoencoded, and x̂ − target [N, D] and the norms of w_dec's rows [F], each empty where not
-    used."""
+    """The fields of Autoencoded."""
     with torch.autocast(x.device.type, enabled=False):
         rows = x - b_dec if centred else x
         N, F = x.shape[0], weight.shape[0]

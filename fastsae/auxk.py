@@ -93,14 +93,18 @@ def gradients(rows: Tensor, e: Tensor, dead: Dead, k: int, pull: Tensor, want_ro
     return DeadGradients(d_weight, d_bias, d_w, d_rows)
 
 
-def _codes(rows: Tensor, dead: Dead, k: int) -> Iterator[tuple[slice, Tensor]]:
-    """The dense code f [R, S] of each chunk of rows: ReLU of the k largest; of equal ones the lower features."""
+def _codes(rows: Tensor, dead: Dead, k: int, cut: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
+    """The dense code f [R, S] of each chunk of rows: ReLU of the k largest; of equal ones the lower features.
+
+    cut [N]: where to write what lies half way between the k-th and the next."""
     N, S = rows.shape[0], dead.bias.numel()
     height = max(1, min(cpu.CHUNK_ELEMENTS // max(S, 1), -(-N // cpu.CHUNKS)))
     for start in range(0, N if S else 0, height):
         part = slice(start, min(start + height, N))
         f = torch.addmm(dead.bias, rows[part], dead.weight.T).relu_()
         if k < S:
+            if cut is not None:
+                cut[part] = f.topk(k + 1, dim=-1, sorted=True).values[:, -2:].mean(-1)
             f.mul_(_largest(f, k))
         yield part, f
 
@@ -113,3 +117,37 @@ def _largest(f: Tensor, k: int) -> Tensor:
     if f.device.type == "cpu" and bool((ties.sum(-1, keepdim=True) == room).all()):
         return larger | ties  # elsewhere, asking would wait for the device
     return larger | (ties & (ties.cumsum(-1) <= room))
+
+
+class AuxPull(NamedTuple):
+    """What pulls at dead latents, for gradients of any of them: rows x − centre [N, D]; out [N, D], dL/d(f · w_dec) if
+    L is Σ_n error[n]; cut [N], which the pre-activation of a chosen latent exceeds. And error [N]."""
+
+    rows: Tensor
+    out: Tensor
+    cut: Tensor
+    error: Tensor
+
+
+def pull_of(rows: Tensor, e: Tensor, dead: Dead, k: int) -> AuxPull:
+    """The errors of `errors`, and what is needed for gradients of some dead latents at a time (`gradients_of`).
+
+    The cut lies half way between the k-th and the next, so that products in other blocks choose the same latents;
+    where those two are equal, which real activations do not do, neither has a gradient.
+    """
+    error = torch.zeros(rows.shape[0], dtype=torch.promote_types(e.dtype, torch.float32), device=e.device)
+    out, cut = torch.zeros_like(rows), torch.zeros(rows.shape[0], dtype=rows.dtype, device=rows.device)
+    any_dead = torch.isfinite(dead.bias).any()
+    for part, f in _codes(rows, dead, k, cut):
+        missed = torch.mm(f, dead.w_dec) - e[part]
+        error[part] = widened(missed).square().sum(-1)
+        out[part] = 2 * missed
+    return AuxPull(rows, out * any_dead, cut, error * any_dead)
+
+
+def gradients_of(pull: AuxPull, some: Dead) -> DeadGradients:
+    """Gradients of Σ_n error[n] for some of the dead latents [C]: three products of N·C·D operations."""
+    f = torch.addmm(some.bias, pull.rows, some.weight.T).relu_()
+    f.mul_(f > pull.cut[:, None])
+    d_pre = torch.mm(pull.out, some.w_dec.T).mul_(f > 0)
+    return DeadGradients(torch.mm(d_pre.T, pull.rows), d_pre.sum(0), torch.mm(f.T, pull.out), None)

@@ -8,7 +8,6 @@ Axes: N tokens, F dictionary size, D width, C features of a chunk.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -51,49 +50,52 @@ def backward(
     norms: Tensor | None, pull: Pull, want_x: bool,
 ) -> tuple[WeightGradients, Tensor | None]:  # fmt: skip
     """Gradients of weight, bias, w_dec and threshold, and of x if wanted, where pull holds those of the outputs."""
+    N, F = x.shape[0], weight.shape[0]
     d_x = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) if want_x else None
     made = WeightGradients(
         torch.empty_like(w_dec), torch.empty_like(weight), torch.empty_like(bias),
         None if threshold is None else torch.empty_like(threshold),
     )  # fmt: skip
-    for _ in blocks(x, weight, bias, w_dec, threshold, bandwidth, norms, pull, made, d_x):
-        pass
+    width = cpu.by_columns(N, F)[1]
+    buffer = x.new_empty(N * min(width, F))
+    for start in range(0, F, width):
+        part = slice(start, min(start + width, F))
+        features = of_features(part, x, weight, bias, w_dec, threshold, bandwidth, norms, pull, d_x, buffer, made)
+        if made.threshold is not None and features.threshold is not None:
+            made.threshold[part] = features.threshold
     return made, d_x
 
 
-def blocks(
-    x: Tensor, weight: Tensor, bias: Tensor, w_dec: Tensor, threshold: Tensor | None, bandwidth: float,
-    norms: Tensor | None, pull: Pull, out: WeightGradients | None = None, d_x: Tensor | None = None,
-) -> Iterator[tuple[slice, WeightGradients]]:  # fmt: skip
-    """The gradients, some features at a time: which, and their rows, in buffers that the next ones overwrite, or views
-    of out where that is given. Parameters of features that have been may change meanwhile. Adds to d_x [N, D]."""
-    N, F = x.shape[0], weight.shape[0]
-    width = cpu.by_columns(N, F)[1]
-    scratch = (w_dec.new_empty(width, w_dec.shape[1]), weight.new_empty(width, x.shape[1])) if out is None else ()
-    for chunk in cpu.chunks(x, weight, bias, width):
-        part = slice(chunk.start, chunk.stop)
-        if out is None:
-            d_w, d_weight = (t[: chunk.stop - chunk.start] for t in scratch)
-            d_bias, d_threshold = bias.new_empty(d_w.shape[0]), None if threshold is None else bias.new_empty(0)
-        else:
-            d_w, d_weight, d_bias, d_threshold = (t if t is None else t[part] for t in out[:4])
-        w = w_dec[part]
-        d_f = pull.out @ w.T  # [N, C]
-        if pull.l1 is not None:
-            d_f += pull.l1[:, None] if norms is None else pull.l1[:, None] * norms[part].to(d_f.dtype)
-        if threshold is not None and d_threshold is not None:
-            slope = _slope(chunk.pre, d_f, threshold[part], bandwidth, pull.l0)
-            d_threshold = slope if out is None else d_threshold.copy_(slope)
-        f = _activate(chunk.pre, threshold, part)
-        torch.mm(f.T, pull.out, out=d_w)
-        if norms is not None and pull.l1 is not None:
-            add_norm_gradient(d_w, w, pull.l1.to(f.dtype) @ f, norms[part])
-        d_pre = d_f.mul_(f > 0)
-        torch.mm(d_pre.T, x, out=d_weight)
-        torch.sum(d_pre, 0, out=d_bias)
-        if d_x is not None:
-            d_x += d_pre @ weight[part]
-        yield part, WeightGradients(d_w, d_weight, d_bias, d_threshold)
+def of_features(
+    part: slice, x: Tensor, weight: Tensor, bias: Tensor, w_dec: Tensor, threshold: Tensor | None, bandwidth: float,
+    norms: Tensor | None, pull: Pull, d_x: Tensor | None = None, buffer: Tensor | None = None,
+    out: WeightGradients | None = None,
+) -> WeightGradients:  # fmt: skip
+    """The rows of the gradients of some features, [C, D] and [C]; views of out where that is given.
+
+    Adds to d_x [N, D]. buffer: N · C elements to make the pre-activations in."""
+    w, C = w_dec[part], part.stop - part.start
+    buffer = x.new_empty(x.shape[0] * C) if buffer is None else buffer
+    pre = buffer[: x.shape[0] * C].view(x.shape[0], C)
+    torch.addmm(bias[part], x, weight[part].T, out=pre)
+    if out is None:
+        d_w, d_weight, d_bias = torch.empty_like(w), torch.empty_like(weight[part]), torch.empty_like(bias[part])
+    else:
+        d_w, d_weight, d_bias = (t[part] for t in (out.w_dec, out.weight, out.bias))
+    d_f = pull.out @ w.T  # [N, C]
+    if pull.l1 is not None:
+        d_f += pull.l1[:, None] if norms is None else pull.l1[:, None] * norms[part].to(d_f.dtype)
+    d_threshold = None if threshold is None else _slope(pre, d_f, threshold[part], bandwidth, pull.l0)
+    f = _activate(pre, threshold, part)
+    torch.mm(f.T, pull.out, out=d_w)
+    if norms is not None and pull.l1 is not None:
+        add_norm_gradient(d_w, w, pull.l1.to(f.dtype) @ f, norms[part])
+    d_pre = d_f.mul_(f > 0)
+    torch.mm(d_pre.T, x, out=d_weight)
+    torch.sum(d_pre, 0, out=d_bias)
+    if d_x is not None:
+        d_x += d_pre @ weight[part]
+    return WeightGradients(d_w, d_weight, d_bias, d_threshold)
 
 
 def _slope(pre: Tensor, d_f: Tensor, theta: Tensor, bandwidth: float, d_l0: Tensor | None) -> Tensor:

@@ -120,12 +120,11 @@ class ByFeature:
         sums = tuple(t if t is None else t[features] for t in self.sums)
         return replace(self, features=features, offsets=offsets, sums=sums)
 
-    def gradients(self, start: int, stop: int) -> WeightGradients:
-        """Rows start : stop of the gradients."""
-        offsets = self.offsets[start : stop + 1]
-        first, last = int(offsets[0]), int(offsets[-1])
+    def gradients(self, start: int, stop: int, between: tuple[int, int] | None = None) -> WeightGradients:
+        """Rows start : stop of the gradients. between: offsets[start] and offsets[stop], where they are known."""
+        first, last = between or (int(self.offsets[start]), int(self.offsets[stop]))
         part, at = slice(first, last), slice(start, stop)
-        token, offsets = self.order.token[part], offsets - first
+        token, offsets = self.order.token[part], self.offsets[start : stop + 1] - first
         d_weight = cpu.weighted_rows(self.rows, token, self.d_pre[part], offsets)
         d_w = cpu.weighted_rows(self.pull.out, token, self.used[part], offsets)
         d_bias, d_threshold, of_norms = (None if t is None else t[at] for t in self.sums)
@@ -133,7 +132,7 @@ class ByFeature:
         features = None if self.features is None else self.features[at]
         if of_norms is not None and self.norms is not None:
             which = at if features is None else features
-            add_norm_gradient(d_w, self.w_dec[which], of_norms, self.norms[which])
+            add_norm_gradient(d_w, self.w_dec[which].to(d_w.dtype), of_norms, self.norms[which])
         return WeightGradients(d_w, d_weight, d_bias, d_threshold, features)
 
     def of_rows(self, weight: Tensor, values: Tensor, indices: Tensor, counts: Tensor | None) -> Tensor:

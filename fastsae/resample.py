@@ -11,7 +11,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from fastsae.sae import SAE, LossOutput
+from fastsae.sae import SAE
+from fastsae.step import TrainStep
 
 ENCODER_SCALE = 0.2  # of the mean norm of the alive encoder rows; paper
 _PARAMETERS = ("encoder.weight", "encoder.bias", "W_dec", "log_threshold")  # those with a row per latent
@@ -19,8 +20,9 @@ _PARAMETERS = ("encoder.weight", "encoder.bias", "W_dec", "log_threshold")  # th
 
 @torch.no_grad()
 def resample(
-    sae: SAE, optimizer: torch.optim.Optimizer, batches: Iterable[Tensor], dead: Tensor, generator: torch.Generator
-) -> int:
+    sae: SAE, optimizer: torch.optim.Optimizer | TrainStep, batches: Iterable[Tensor], dead: Tensor,
+    generator: torch.Generator,
+) -> int:  # fmt: skip
     """Re-initialise the latents in `dead` [F] bool from inputs that the SAE does badly on; how many there were.
 
     batches: tensors [n, D] of inputs in the units of x, together the N candidates (819,200 in the paper). Each dead
@@ -52,6 +54,9 @@ def resample(
     sae.tokens_since_fired[dead] = 0
     if "log_threshold" in parameters:
         parameters["log_threshold"][dead] = math.log(sae.cfg.init_threshold)
+    if isinstance(optimizer, TrainStep):
+        optimizer.reset_rows(dead)
+        return n_dead
     for name in _PARAMETERS:
         if name not in parameters:
             continue
@@ -69,23 +74,11 @@ def _candidates(sae: SAE, batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     try:
         for x in batches:
             x = x.to(sae.device)
-            out = sae.loss(x)
-            error = ((out.x_hat - x).float() * sae.input_scale).square().sum(-1)
-            losses.append(error + _penalty(sae, out))
+            made = sae.loss(x).made
+            of_l1, of_l0 = sae.rule.coefficients
+            losses.append(made.error + of_l1 * made.l1 + of_l0 * made.l0)
             rows = (x - sae.input_mean) * sae.input_scale
             inputs.append(rows - sae.b_dec if sae.cfg.apply_b_dec_to_input else rows)
     finally:
         sae.train(was_training)
     return torch.cat(inputs), torch.cat(losses)
-
-
-def _penalty(sae: SAE, out: LossOutput) -> Tensor | float:
-    """The L1 or L0 term of each row [N], where there is one and the code is at hand."""
-    if sae.cfg.activation == "jumprelu":
-        return sae.cfg.l0_coefficient * out.made.l0
-    if sae.cfg.activation != "relu" or out.code is None:
-        return 0.0
-    values = out.code.values.float()
-    if sae.cfg.l1_weighting == "decoder_norm":
-        values = values * torch.linalg.vector_norm(sae.W_dec.float(), dim=1)[out.code.indices.long()]
-    return sae.cfg.l1_coefficient * values.sum(-1)

@@ -220,7 +220,8 @@ class SAE(nn.Module):
         return self
 
     @property
-    def _rule(self) -> activations.Rule:
+    def rule(self) -> activations.Rule:
+        """The activation's selection rule and penalty."""
         return activations.RULES[self.cfg.activation](self)
 
     @property
@@ -235,7 +236,7 @@ class SAE(nn.Module):
 
         Raises TooDenseError where a ReLU code has a row of more than `cfg.max_active` active latents.
         """
-        code = self._rule.encode(self._rows(x))
+        code = self.rule.encode(self._rows(x))
         if code is None:
             raise TooDenseError(
                 f"a token has more than max_l0={self.cfg.max_active} active latents of {self.cfg.d_sae}, too many for "
@@ -245,7 +246,7 @@ class SAE(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         """All latents of x [..., D], dense: [..., F]. For tools that need it; the library itself never calls it."""
-        return self._rule.encode_dense(self._rows(x)).reshape(*x.shape[:-1], self.cfg.d_sae)
+        return self.rule.encode_dense(self._rows(x)).reshape(*x.shape[:-1], self.cfg.d_sae)
 
     def decode(self, f: Tensor | SparseCode) -> Tensor:
         """x̂ [..., D] in the units of x, from latents [..., F] or a SparseCode."""
@@ -260,7 +261,7 @@ class SAE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x̂ [..., D] in x's units and dtype, through the sparse path."""
-        x_hat = self._rule.autoencode(self._rows(x), None).x_hat
+        x_hat = self.rule.autoencode(self._rows(x), None).x_hat
         return self._restore(x_hat).reshape(x.shape).to(x.dtype)
 
     def loss(self, x: Tensor, target: Tensor | None = None, mask: Tensor | None = None) -> LossOutput:
@@ -270,27 +271,34 @@ class SAE(nn.Module):
         In training mode it also counts, per latent, the tokens since it last fired (`tokens_since_fired`).
         Raises DataError for shapes that disagree, and when the loss is not finite.
         """
-        rows = self._rows(x)
-        wanted = rows if target is None else self._target(x, target)
-        keep = None if mask is None else self._kept(x, mask)
-        if keep is not None:
-            rows, wanted = rows[keep], wanted[keep]
+        rows, wanted, keep = self.prepared(x, target, mask)
         shape = tuple(x.shape[:-1]) if keep is None else (rows.shape[0],)
-        mse, sparsity, aux, made = self._rule.parts(rows, wanted)
+        mse, sparsity, aux, made = self.rule.parts(rows, wanted)
         loss = mse + sparsity + aux
         # Elsewhere than on the CPU asking would wait for the device; the trainer asks when it writes its log.
         if loss.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.isfinite(loss):
-            self._explain_not_finite(rows, wanted)
+            self.explain_not_finite(rows, wanted)
         if self.training:
-            self._count_fired(made.fired > 0, rows.shape[0])
+            self.count_fired(made.fired > 0, rows.shape[0])
         x_hat = self._restore(made.x_hat)
         if keep is not None:
             x_hat = x_hat.new_zeros(x.numel() // self.cfg.d_in, self.cfg.d_in).index_put((keep,), x_hat)
         l0 = made.l0.detach().sum() / max(rows.shape[0], 1)
         x_hat = x_hat.reshape(x.shape).to(x.dtype)
         return LossOutput(
-            loss, mse, sparsity, aux, x_hat, l0, _explained(mse, wanted), made, self.cfg.d_sae, shape
+            loss, mse, sparsity, aux, x_hat, l0, explained(mse, wanted), made, self.cfg.d_sae, shape
         )
+
+    def prepared(
+        self, x: Tensor, target: Tensor | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Rows [N, D] as the encoder takes them, those wanted of the output, and which of x's they are, None for all.
+
+        x, target, mask: as for `loss`."""
+        rows = self._rows(x)
+        wanted = rows if target is None else self._target(x, target)
+        keep = None if mask is None else self._kept(x, mask)
+        return (rows, wanted, None) if keep is None else (rows[keep], wanted[keep], keep)
 
     def _target(self, x: Tensor, target: Tensor) -> Tensor:
         if target.shape != x.shape:
@@ -320,10 +328,12 @@ class SAE(nn.Module):
         return checkpoint.load(cls, source, device, revision)
 
     @torch.no_grad()
-    def _count_fired(self, fired: Tensor, tokens: int) -> None:
+    def count_fired(self, fired: Tensor, tokens: int) -> None:
+        """fired: [F] bool, the latents that were active in a batch of that many tokens."""
         self.tokens_since_fired.add_(tokens).masked_fill_(fired, 0)
 
-    def _explain_not_finite(self, rows: Tensor, wanted: Tensor) -> None:
+    def explain_not_finite(self, rows: Tensor, wanted: Tensor) -> None:
+        """Raises DataError with what is wrong with rows or wanted [N, D] or the parameters."""
         bad = [name for name, p in self.named_parameters() if not torch.isfinite(p).all()]
         if bad:
             raise DataError(f"the loss is not finite because of {', '.join(bad)}; lower the learning rate or clip")
@@ -341,8 +351,9 @@ class SAE(nn.Module):
 
 
 @torch.no_grad()
-def _explained(mse: Tensor, wanted: Tensor) -> Tensor:
-    """fve: 1 − squared error / squared distance from the rows' mean; −∞ where rows that are all alike are missed."""
+def explained(mse: Tensor, wanted: Tensor) -> Tensor:
+    """fve of rows wanted [N, D]: 1 − squared error / squared distance from their mean; −∞ where all are alike and
+    missed."""
     rows = widened(wanted)
     if rows.shape[0] == 0:
         return torch.ones_like(mse)

@@ -1,0 +1,338 @@
+"""TrainStep: forward, backward and optimizer in one, without [F, D] gradients.
+
+    step = fastsae.TrainStep(sae, lr=3e-4)
+    metrics = step(x)
+
+The backward pass goes through the latents some rows at a time: it finishes their gradients and updates these rows at
+once. What autograd and a torch optimizer do in five passes over [F, D] is one, and the memory of the gradients is free.
+
+Axes: N tokens, F dictionary size, D width, B rows at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from fastsae import auxk
+from fastsae.errors import ConfigError, DataError
+from fastsae.gradients import WeightGradients, widened
+from fastsae.moments import Rows, State
+from fastsae.row_adam import AdamOptions, RowAdam, project_
+from fastsae.row_blocks import Dead, Part, RowBlocks, Weights
+from fastsae.sae import SAE, explained
+
+Master = Literal["fp32", "bf16-sr"]
+ClipBy = Literal["exact", "previous"]
+OPTIMIZERS = ("adam", "adamw")
+
+
+@dataclass(frozen=True, eq=False)
+class StepMetrics:
+    """Scalars on the SAE's device; asking for their numbers waits for it.
+
+    loss = mse + penalty · sparsity + aux, mse, sparsity, aux: as in `SAE.loss`, over all rows of the update. l0: active
+    latents per row. fve: of the last micro-batch. grad_norm: of all gradients together before clipping, None where
+    nobody asked for it.
+    """
+
+    loss: Tensor
+    mse: Tensor
+    sparsity: Tensor
+    aux: Tensor
+    l0: Tensor
+    fve: Tensor
+    grad_norm: Tensor | None
+
+
+@dataclass(eq=False)
+class _Sums:
+    """Over the rows of the micro-batches so far."""
+
+    rows: int
+    mse: Tensor
+    sparsity: Tensor
+    aux: Tensor
+    l0: Tensor
+    fve: Tensor
+
+
+class TrainStep:
+    """`step(x)`: one step of Adam on the loss of x, as `sae.loss(x).loss.backward()` and `torch.optim.Adam` make it.
+
+    optimizer: "adam", or "adamw" with weight_decay. lr, betas, eps: as for torch's.
+    state: how the moments of the two matrices are kept. "fp32"; "bf16"; "8bit", with a scale for every 256 neighbours;
+    "rowwise", one second moment for a row (the first in bf16). What is narrower than fp32 is rounded at random.
+    master: "fp32" updates fp32 weights (a copy of them, if the SAE itself is in half precision); "bf16-sr" the
+    bfloat16 weights themselves, with stochastic rounding.
+    clip: the largest norm of all gradients together, 0 for no limit. clip_by: "exact" makes the gradients twice, first
+    for their norm; "previous" takes the norm of the step before, and no limit in the first.
+    lazy: whether latents that were not touched wait, moments and all, until they are, which is an *approximation* for
+    β₁ > 0, where Adam goes on moving them. With β₁ = 0 and no weight decay it is no approximation, and always done.
+    seed: of the random rounding.
+
+    lr, penalty (a factor of the sparsity penalty, for its warm-up) and k (of topk and batchtopk, None for the SAE's)
+    may be set between steps. decoder_norm, k and the rest are the SAE's own configuration; `tokens_since_fired` is
+    counted as in `SAE.loss`. Gradients of parameters (`p.grad`) stay None.
+
+    Raises ConfigError for options that cannot be meant, DataError for a loss that is not finite (on the CPU, where
+    asking costs nothing) and for shapes that do not fit.
+    """
+
+    def __init__(
+        self, sae: SAE, optimizer: str = "adam", *, lr: float = 3e-4, betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8, weight_decay: float = 0.0, state: State = "fp32", master: Master = "fp32",
+        clip: float = 0.0, clip_by: ClipBy = "exact", lazy: bool = False, seed: int = 0,
+    ) -> None:  # fmt: skip
+        _check(sae, optimizer, lr, betas, eps, weight_decay, state, master, clip, clip_by, lazy)
+        self.sae, self.lr, self.betas, self.eps, self.weight_decay = sae, lr, betas, eps, weight_decay
+        self.clip, self.clip_by, self.seed = clip, clip_by, seed
+        self.penalty = 1.0
+        self.k: int | None = None
+        self.steps = 0
+        stochastic = master == "bf16-sr"
+        self.w_dec = RowAdam(sae.W_dec, state, betas[0], stochastic)
+        self.weight = RowAdam(sae.encoder.weight, state, betas[0], stochastic)
+        # Vectors are small: always dense and in fp32.
+        vectors = {"bias": sae.encoder.bias, "b_dec": sae.b_dec}
+        if sae.cfg.activation == "jumprelu":
+            vectors["log_threshold"] = sae.log_threshold
+        self.vectors = {name: RowAdam(p.view(1, -1), "fp32", 1.0, False) for name, p in vectors.items()}
+        waits = lazy or (betas[0] == 0 and not weight_decay)
+        self.last = torch.zeros(sae.cfg.d_sae, dtype=torch.int32, device=sae.device) if waits else None
+        self.norm = torch.zeros((), device=sae.device)
+        self._parts: list[Part] = []
+        self._dead: list[Dead] = []
+        self._sums: _Sums | None = None
+        self._norms: Tensor | None = None
+
+    # --- what a user calls ------------------------------------------------------------------------------------------
+
+    def __call__(self, x: Tensor, target: Tensor | None = None, mask: Tensor | None = None) -> StepMetrics:
+        """x [..., D], target and mask as for `SAE.loss`."""
+        self.accumulate(x, target, mask)
+        return self.update()
+
+    @torch.no_grad()
+    def accumulate(self, x: Tensor, target: Tensor | None = None, mask: Tensor | None = None) -> None:
+        """The forward pass of one of several micro-batches; `update` then takes the mean over all of their rows.
+
+        Kept until then are x, the residual and the code: N · (2 D + 2 K) elements.
+        """
+        sae = self.sae
+        if not sae.training:
+            raise DataError("the SAE is in evaluation mode; call sae.train() before the next step")
+        rows, wanted, _ = sae.prepared(x, target, mask)
+        rule = sae.rule
+        more = rule.training_options | ({} if self.k is None else {"k": self.k})
+        made = rule.autoencode(rows, wanted, **more)
+        centred = rows - sae.b_dec if sae.cfg.apply_b_dec_to_input else rows
+        out = made.residual.mul_(2)
+        self._norms = made.norms if made.norms.numel() else None
+        of_l1, of_l0 = rule.coefficients
+        pull_l1, pull_l0 = (
+            made.l1.new_full(made.l1.shape, coefficient * self.penalty) if coefficient * self.penalty else None
+            for coefficient in (of_l1, of_l0)
+        )
+        aux = made.error.new_zeros(())
+        dead = rule.dead()
+        if dead and rows.shape[0]:
+            which, is_dead = dead["dead"], dead["is_dead"]
+            weights = auxk.take(which, is_dead, sae.encoder.weight, sae.encoder.bias, sae.W_dec)
+            pull = auxk.pull_of(centred, out / -2, weights, dead["k_aux"])
+            aux = sae.cfg.aux_coefficient * pull.error.sum()
+            pull.out.mul_(sae.cfg.aux_coefficient)
+            self._dead.append(Dead(pull, which, is_dead))
+        mse, sparsity = made.error.sum(), rule.penalty(made)
+        loss = mse + sparsity + aux
+        if loss.device.type == "cpu" and not torch.isfinite(loss):
+            self._forget()
+            sae.explain_not_finite(rows, wanted)
+        self._parts.append(Part(centred, out, made.values, made.indices, made.counts, pull_l1, pull_l0))
+        rule.observe(made)
+        sae.count_fired(made.fired > 0, rows.shape[0])
+        fve = explained(mse / max(rows.shape[0], 1), wanted)
+        self._add(_Sums(rows.shape[0], mse, sparsity, aux, made.l0.sum(), fve))
+
+    @torch.no_grad()
+    def update(self) -> StepMetrics:
+        """One step on what was accumulated. Raises DataError where nothing was."""
+        sums = self._sums
+        if sums is None:
+            raise DataError("there is nothing to update with: call accumulate(x) first, or step(x), which does both")
+        n = max(sums.rows, 1)
+        for part in self._parts:
+            for t in (part.out, part.l1, part.l0):
+                if t is not None:
+                    t.div_(n)
+        for one in self._dead:
+            one.pull.out.div_(n)
+        self.steps += 1
+        options = AdamOptions(self.lr, *self.betas, self.eps, self.weight_decay, self.steps)
+        grad_norm = self._update_rows(options)
+        self._forget()
+        mse, sparsity, aux = sums.mse / n, sums.sparsity / n, sums.aux / n
+        return StepMetrics(
+            mse + self.penalty * sparsity + aux, mse, sparsity, aux, sums.l0 / n, sums.fve, grad_norm
+        )
+
+    def reset_rows(self, which: Tensor) -> None:
+        """Adam begins again for some latents, [F] bool or [B] int64, whose weights were set from outside."""
+        at = which.nonzero().squeeze(1) if which.dtype == torch.bool else which
+        self.w_dec.reset(at)
+        self.weight.reset(at)
+        for name in ("bias", "log_threshold"):
+            if name in self.vectors:
+                state = self.vectors[name]
+                for _, t in state.tensors.items():
+                    t[0, at] = 0
+                if state.copy is not None:
+                    state.copy[0, at] = state.weight[0, at].to(state.copy.dtype)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The optimizer's state by name, the very tensors: what a checkpoint holds beside the SAE and `numbers`."""
+        states = {"W_dec": self.w_dec, "encoder.weight": self.weight, **self.vectors}
+        found = {f"{name}.{part}": t for name, state in states.items() for part, t in state.tensors.items()}
+        return found | {"norm": self.norm} | ({} if self.last is None else {"last": self.last})
+
+    @property
+    def numbers(self) -> dict[str, int]:
+        """The rest of it."""
+        return {"steps": self.steps}
+
+    def state_dict(self) -> dict[str, Any]:
+        """`tensors` and `numbers` in one dictionary; between updates (what is accumulated is not in it)."""
+        return {**self.tensors, **self.numbers}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """What state_dict gave, of a TrainStep with the same options. Raises ConfigError where it does not fit."""
+        there = self.tensors
+        missing, more = sorted(set(there) - set(state)), sorted(set(state) - set(there) - {"steps"})
+        if missing or more or "steps" not in state:
+            raise ConfigError(
+                f"the state of another kind of TrainStep: missing {missing or 'nothing'}, not known "
+                f"{more or 'nothing'}; make the TrainStep with the same state, master, betas and lazy"
+            )
+        for name, t in there.items():
+            if state[name].shape != t.shape or state[name].dtype != t.dtype:
+                raise ConfigError(
+                    f"expected {name} {tuple(t.shape)} in {t.dtype}, got {tuple(state[name].shape)} in "
+                    f"{state[name].dtype}; make the TrainStep with the same SAE, state and master"
+                )
+        for name, t in there.items():
+            t.copy_(state[name])
+        self.steps = int(state["steps"])
+
+    # --- the update -------------------------------------------------------------------------------------------------
+
+    def _update_rows(self, options: AdamOptions) -> Tensor | None:
+        sae = self.sae
+        threshold = sae.threshold if sae.cfg.activation == "jumprelu" else None
+        given = Weights(
+            sae.encoder.weight, sae.encoder.bias, sae.W_dec, threshold, sae.cfg.bandwidth, self._norms
+        )
+        blocks = RowBlocks.of(given, self._parts, self._dead, self.last is not None)
+        clips = self.clip > 0
+        if clips and self.clip_by == "previous":
+            options = options._replace(factor=self._factor() if self.steps > 1 else None)
+        if clips and self.clip_by == "exact":
+            self._pass(blocks, given, options, update=False)
+            options = options._replace(factor=self._factor())
+        self._pass(blocks, given, options, update=True)
+        return self.norm.clone() if clips else None
+
+    def _pass(self, blocks: RowBlocks, given: Weights, options: AdamOptions, update: bool) -> None:
+        """Through all rows once: their norm, if there is a limit, and their update, if asked for."""
+        sae, unit = self.sae, self.sae.cfg.decoder_norm == "unit"
+        generator = self._generator()
+        d_bias = torch.zeros_like(given.bias)
+        d_threshold = None if given.threshold is None else torch.zeros_like(given.threshold)
+        d_b_dec = sum((part.out.sum(0) for part in self._parts), torch.zeros_like(sae.b_dec))
+        counts_norm = self.clip > 0 and (not update or self.clip_by == "previous")
+        square = torch.zeros((), device=sae.device)
+        for at, made in blocks:
+            d_bias[at] = made.bias
+            if d_threshold is not None and made.threshold is not None:
+                d_threshold[at] = made.threshold
+            if sae.cfg.apply_b_dec_to_input:
+                d_b_dec -= made.bias @ given.weight[at]
+            if unit:
+                project_(made.w_dec, self.w_dec.rows(at))
+            if counts_norm:
+                square += made.w_dec.square().sum() + made.weight.square().sum()
+            if update:
+                self._update(at, made, options, unit, generator)
+        vectors = {"bias": d_bias, "b_dec": d_b_dec}
+        if d_threshold is not None:
+            vectors["log_threshold"] = d_threshold * given.threshold  # θ = exp(log_threshold)
+        if counts_norm:
+            self.norm.copy_((square + sum(widened(g).square().sum() for g in vectors.values())).sqrt())
+        if update:
+            for name, g in vectors.items():
+                self.vectors[name].update(slice(None), widened(g).view(1, -1), options, False)
+
+    def _update(
+        self, at: Rows, made: WeightGradients, options: AdamOptions, unit: bool, generator: torch.Generator | None
+    ) -> None:
+        silent = None
+        if self.last is not None:
+            silent = (self.steps - 1 - self.last[at])[:, None]
+            self.last[at] = self.steps
+        self.w_dec.update(at, made.w_dec, options, unit, silent, generator)
+        self.weight.update(at, made.weight, options, False, silent, generator)
+
+    def _factor(self) -> Tensor:
+        return (self.clip / (self.norm + 1e-6)).clamp(max=1.0)
+
+    def _generator(self) -> torch.Generator:
+        """Of this step's rounding: the same for the same seed and step, however the run was cut."""
+        return torch.Generator(self.sae.device).manual_seed((self.seed * 1_000_003 + self.steps) % 2**63)
+
+    def _add(self, more: _Sums) -> None:
+        so_far = self._sums
+        if so_far is None:
+            self._sums = more
+        else:
+            for name in ("rows", "mse", "sparsity", "aux", "l0"):
+                setattr(so_far, name, getattr(so_far, name) + getattr(more, name))
+            so_far.fve = more.fve
+
+    def _forget(self) -> None:
+        self._parts, self._dead, self._sums, self._norms = [], [], None, None
+
+
+def _check(
+    sae: Any, optimizer: str, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, state: str,
+    master: str, clip: float, clip_by: str, lazy: bool,
+) -> None:  # fmt: skip
+    if not isinstance(sae, SAE):
+        raise ConfigError(f"TrainStep takes a fastsae.SAE, got {type(sae).__name__}")
+    choices = {"optimizer": (optimizer, OPTIMIZERS), "state": (state, get_args(State)),
+               "master": (master, get_args(Master)), "clip_by": (clip_by, get_args(ClipBy))}  # fmt: skip
+    for name, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise ConfigError(
+                f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}"
+                + ("; for any other optimizer use sae.loss(x).loss.backward()" if name == "optimizer" else "")
+            )
+    numbers = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "clip": clip}
+    for name, value in numbers.items():
+        if not 0 <= value < math.inf:
+            raise ConfigError(f"{name} must be a finite number ≥ 0, got {value!r}")
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ConfigError(f"betas must be two numbers in [0, 1), got {betas!r}")
+    if weight_decay and optimizer == "adam":
+        raise ConfigError(f"adam has no weight decay here, got weight_decay={weight_decay}; take optimizer='adamw'")
+    if lazy and weight_decay:
+        raise ConfigError("lazy leaves latents alone that weight decay would move; choose one of them")
+    if master == "bf16-sr" and sae.dtype != torch.bfloat16:
+        raise ConfigError(
+            f"master='bf16-sr' updates bfloat16 weights, the SAE's are {sae.dtype}; make it with dtype='bfloat16'"
+        )
+    if sae.dtype == torch.float64 and state != "fp32":
+        raise ConfigError(f"a float64 SAE keeps float64 moments, got state={state!r}; leave state at 'fp32'")
