@@ -314,7 +314,7 @@ class SAE(nn.Module):
         return mask.reshape(-1).nonzero().squeeze(1)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write cfg.json and sae.safetensors to a folder, which is made if needed."""
+        """Write cfg.json and sae.safetensors (shards of it above 5 GB) to a folder, which is made if needed."""
         checkpoint.save(self, folder)
 
     @classmethod

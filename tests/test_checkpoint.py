@@ -88,7 +88,8 @@ def test_a_hub_id_is_looked_up_where_there_is_no_such_folder(tmp_path, monkeypat
 
     monkeypatch.setattr(hub, "snapshot_download", download)
     assert torch.equal(SAE.from_pretrained("some/sae", revision="v1").W_dec, sae.W_dec)
-    assert asked == [("some/sae", "v1", ["cfg.json", "sae.safetensors"])]
+    wanted = ["cfg.json", "sae-*-of-*.safetensors", "sae.safetensors", "sae.safetensors.index.json"]
+    assert asked == [("some/sae", "v1", wanted)]
     with pytest.raises(CheckpointError, match="the hub did not give it: 404$"):
         SAE.from_pretrained("some/absent")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
@@ -112,11 +113,11 @@ def test_a_save_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch)
     sae.save_pretrained(tmp_path)
     before = (tmp_path / "sae.safetensors").read_bytes()
 
-    def full(tensors, path, metadata) -> None:
+    def full(path, tensors, metadata) -> None:
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fastsae.checkpoint.save_file", full)
+    monkeypatch.setattr("fastsae.tensorfile.write", full)
     with pytest.raises(CheckpointError, match="No space left"):
         SAE(d_in=D, d_sae=F, seed=1).save_pretrained(tmp_path)
     assert (tmp_path / "sae.safetensors").read_bytes() == before
