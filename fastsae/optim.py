@@ -30,6 +30,14 @@ def penalty_factor(step: int, steps: int, warmup: float) -> float:
     return min(1.0, step / (warmup * steps)) if warmup else 1.0
 
 
+def k_at(step: int, steps: int, start: int, k: int, anneal: float) -> int:
+    """How many latents a token keeps in step `step` of `steps`: from `start`, linearly to k over the first `anneal` of
+    the steps (a fraction), then k."""
+    if not anneal:
+        return k
+    return round(k + (start - k) * max(0.0, 1 - step / (anneal * steps)))
+
+
 @torch.no_grad()
 def clip_gradients_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scale all gradients down to a common norm of at most `max_norm`; the norm before, a scalar tensor.

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from fastsae.config import SAEConfig
 from fastsae.errors import ConfigError, FastSAEError
+from fastsae.moments import State
 from fastsae.optim import default_lr, geometric_median
 from fastsae.sae import SAE
+from fastsae.step import ClipBy, Master
 from fastsae.store import ActivationStore, MemoryStore, steps_per_epoch
 
 Preset = Literal["monosemanticity", "april2024", "relu", "topk"]
@@ -61,6 +63,19 @@ class TrainConfig(SAEConfig):
     clip: float = 1.0
     """Largest norm of all gradients together, 0 for no limit. In the units of the loss: with unit-norm decoders and
     E‖x‖ = √D gradients are well above 1 at the start, which Adam does not mind."""
+    clip_by: ClipBy = "exact"
+    """exact makes the gradients twice, first for their norm; previous takes the norm of the step before."""
+    state: State = "fp32"
+    """How Adam's moments are kept: fp32, bf16, 8bit, or rowwise (one second moment for a latent); see TrainStep."""
+    master: Master = "fp32"
+    """fp32 updates fp32 weights, a copy of them for a dictionary in half precision; bf16-sr (with dtype bfloat16) the
+    weights themselves, with stochastic rounding."""
+    lazy: bool = False
+    """Whether latents that did not fire wait, moments and all, which is an approximation unless beta1 is 0."""
+    k_start: int = 0
+    """topk, batchtopk: latents kept per token at the start; 0 means k."""
+    k_anneal: float = 0.0
+    """Fraction of the run over which they come down from k_start to k."""
     normalise: Literal["none", "scale", "centre"] = "scale"
     """What is done to the input (and undone at the output): nothing; one factor, so that E‖x‖ = √D; or the mean
     subtracted first. Where the mean is most of ‖x‖, centre."""
@@ -94,7 +109,18 @@ class TrainConfig(SAEConfig):
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        for name in ("lr_warmup", "lr_decay", "l1_warmup"):
+        if self.k_start < 0 or (self.d_sae and self.k_start > self.d_sae):
+            raise ConfigError(f"k_start must be in 0 … d_sae = {self.d_sae}, got {self.k_start}")
+        if bool(self.k_start) != bool(self.k_anneal):
+            raise ConfigError(
+                f"k_start and k_anneal go together, got {self.k_start} and {self.k_anneal}: from how many, and how long"
+            )
+        if self.master == "bf16-sr" and self.dtype != "bfloat16":
+            raise ConfigError(f"master='bf16-sr' goes with dtype='bfloat16', got dtype={self.dtype!r}")
+        for name, kind in (("state", State), ("master", Master), ("clip_by", ClipBy)):
+            if getattr(self, name) not in get_args(kind):
+                raise ConfigError(f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
+        for name in ("lr_warmup", "lr_decay", "l1_warmup", "k_anneal"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is a fraction of the run in [0, 1], got {getattr(self, name)}")
         for name, choices in (("normalise", ("none", "scale", "centre")), ("init_b_dec", _B_DEC)):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,21 +16,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsae import shards
 from fastsae.device import choose_device
 from fastsae.errors import DataError, FastSAEError
-from fastsae.files import claim_folder, read_torch, truncate_log, write_json, write_torch
+from fastsae.files import claim_folder, truncate_log, write_json
 from fastsae.harvest import check_options
 from fastsae.interrupt import uninterrupted
-from fastsae.optim import DecoderNorm, clip_gradients_, lr_factor, penalty_factor
+from fastsae.optim import k_at, lr_factor, penalty_factor
 from fastsae.progress import Meter, progress
 from fastsae.recipe import Preset, Store, TrainConfig, start
 from fastsae.resample import resample
-from fastsae.sae import SAE, LossOutput
+from fastsae.sae import SAE
+from fastsae.step import StepMetrics, TrainStep
 from fastsae.store import MemoryStore
 
 __all__ = ["TrainConfig", "train"]
 
-LOG, CHECKPOINT, FOLDER, RESULT = "log.jsonl", "checkpoint/state.pt", "sae", "train.json"
+LOG, CHECKPOINT, FOLDER, RESULT = "log.jsonl", "checkpoint", "sae", "train.json"
 
 Row = dict[str, float]
 
@@ -55,7 +58,8 @@ def train(
     on_log: called with each log line. Ctrl-C finishes the step, writes a checkpoint and raises KeyboardInterrupt.
 
     A log line: step, tokens, loss, mse, sparsity, aux (units: fastsae.activations), l0, fve (of that batch), dead (the
-    fraction of latents that has not fired for `dead_after_tokens`), lr, penalty (factor of the warm-up), tokens_per_s.
+    fraction of latents that has not fired for `dead_after_tokens`), lr, penalty (factor of the warm-up), tokens_per_s,
+    and where gradients are clipped grad_norm, the norm before that.
 
     Raises FastSAEError: a store of another width, K > F, fewer rows than a batch, a loss that is not finite, a folder
     that holds another run, a full disk.
@@ -82,19 +86,19 @@ def train(
 
 
 def _loop(run: _Run, meter: Meter, on_log: Callable[[Row], None] | None) -> None:
-    config, norm = run.config, DecoderNorm(run.sae)
+    config = run.config
     resample_steps = {max(1, round(a * config.steps)) for a in config.resample_at}
     run.sae.train()
     for batch in run.store.batches(config.batch_size, seed=config.seed, start_step=run.step):
         if run.step == config.steps:
             break
         with uninterrupted():
-            out = _step(run, norm, batch.x)
+            metrics = _step(run, batch.x)
             if run.step in resample_steps:
                 _resample(run)
             meter.advance(config.batch_size)
             if run.step % config.log_every == 0 or run.step == config.steps:
-                row = run.log(out, meter.rate)
+                row = run.log(metrics, meter.rate)
                 meter.note = f"loss {row['loss']:.4g}, L0 {row['l0']:.1f}, FVE {row['fve']:.3f}, dead {row['dead']:.1%}"
                 if on_log is not None:
                     on_log(row)
@@ -102,26 +106,18 @@ def _loop(run: _Run, meter: Meter, on_log: Callable[[Row], None] | None) -> None
                 run.save()
 
 
-def _step(run: _Run, norm: DecoderNorm, x: Tensor) -> LossOutput:
+def _step(run: _Run, x: Tensor) -> StepMetrics:
     """One optimizer step on x [N, D]."""
-    config, sae, optimizer = run.config, run.sae, run.optimizer
-    for group in optimizer.param_groups:
-        group["lr"] = config.lr * lr_factor(run.step, config.steps, config.lr_warmup, config.lr_decay)
-    run.penalty = penalty_factor(run.step, config.steps, config.l1_warmup)
+    config, step = run.config, run.train_step
+    step.lr = config.lr * lr_factor(run.step, config.steps, config.lr_warmup, config.lr_decay)
+    step.penalty = penalty_factor(run.step, config.steps, config.l1_warmup)
+    step.k = k_at(run.step, config.steps, config.k_start or config.k, config.k, config.k_anneal)
     try:
-        out = sae.loss(x.to(sae.device, non_blocking=True))
+        metrics = step(x.to(run.sae.device, non_blocking=True))
     except DataError as error:  # rows of a store are finite, so what is not was made here
         raise DataError(f"in step {run.step + 1}: {error}, or lower lr (it is {config.lr:.2g})") from None
-    loss = out.loss if run.penalty == 1.0 else out.mse + run.penalty * out.sparsity + out.aux
-    loss.backward()
-    norm.project_gradient_()
-    if config.clip:
-        clip_gradients_(sae.parameters(), config.clip)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    norm.renormalise_()
     run.step += 1
-    return out
+    return metrics
 
 
 def _resample(run: _Run) -> None:
@@ -132,7 +128,7 @@ def _resample(run: _Run) -> None:
     batches = run.store.batches(size, seed=seed)
     inputs = (next(batches).x for _ in range(wanted // size))
     dead = sae.tokens_since_fired >= config.dead_after_tokens
-    run.resampled += resample(sae, run.optimizer, inputs, dead, torch.Generator().manual_seed(seed))
+    run.resampled += resample(sae, run.train_step, inputs, dead, torch.Generator().manual_seed(seed))
 
 
 class _Run:
@@ -140,49 +136,52 @@ class _Run:
 
     def __init__(self, config: TrainConfig, store: Store, out: Path | None, resume: bool) -> None:
         self.config, self.store, self.out = config, store, out
-        self.step, self.resampled, self.penalty = 0, 0, 1.0
+        self.step, self.resampled = 0, 0
         self.last: Row = {}
         self.finished: SAE | None = None
-        checkpoint = None
+        saved = None
         if out is not None:
             settings = {k: v for k, v in asdict(config).items() if k not in ("log_every", "checkpoint_every", "device")}
             claim_folder(out, "train", {"train": settings, "store": store.identity}, resume)
             if (out / RESULT).exists():
                 self.finished = SAE.from_pretrained(out / FOLDER)
                 return
-            if (out / CHECKPOINT).exists():
-                checkpoint = read_torch(out / CHECKPOINT)
+            saved = out / CHECKPOINT if shards.exists(out / CHECKPOINT) else None
         device = choose_device(config.device)
-        self.sae = SAE(config.sae, device=device) if checkpoint else start(config, store, device)
-        self.optimizer = torch.optim.Adam(
-            self.sae.parameters(), lr=config.lr, betas=(config.beta1, config.beta2), fused=True
-        )
-        if checkpoint:
-            self.sae.load_state_dict(checkpoint["sae"])
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
-            self.step, self.resampled = checkpoint["step"], checkpoint["resampled"]
+        self.sae = SAE(config.sae, device=device) if saved else start(config, store, device)
+        self.train_step = TrainStep(
+            self.sae, betas=(config.beta1, config.beta2), state=config.state, master=config.master, clip=config.clip,
+            clip_by=config.clip_by, lazy=config.lazy, seed=config.seed,
+        )  # fmt: skip
+        if saved:
+            about = shards.about(saved)
+            shards.read(saved, into=self.tensors)
+            self.step, self.resampled = about["step"], about["resampled"]
+            self.train_step.steps = about["steps"]
         if out is not None:
             truncate_log(out / LOG, self.step)
 
-    def log(self, out: LossOutput, rate: float) -> Row:
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a checkpoint holds but numbers, the very tensors."""
+        parts = {"sae": self.sae.state_dict(), "adam": self.train_step.tensors}
+        return {f"{part}.{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
+
+    def log(self, metrics: StepMetrics, rate: float) -> Row:
         """One line of the log; the only place where the loop waits for the device."""
         dead = self.sae.tokens_since_fired >= self.config.dead_after_tokens
-        mse, sparsity, aux = out.mse.item(), out.sparsity.item(), out.aux.item()
         row: Row = {
             "step": self.step,
             "tokens": self.step * self.config.batch_size,
-            "loss": mse + self.penalty * sparsity + aux,
-            "mse": mse,
-            "sparsity": sparsity,
-            "aux": aux,
-            "l0": float(out.l0.float().mean()),
-            "fve": float(out.fve),
+            **{name: float(getattr(metrics, name)) for name in ("loss", "mse", "sparsity", "aux", "l0", "fve")},
             "dead": float(dead.float().mean()),
-            "lr": self.optimizer.param_groups[0]["lr"],
-            "penalty": self.penalty,
+            "lr": self.train_step.lr,
+            "penalty": self.train_step.penalty,
             "resampled": self.resampled,
             "tokens_per_s": rate,
         }
+        if metrics.grad_norm is not None:
+            row["grad_norm"] = float(metrics.grad_norm)
         if not math.isfinite(row["loss"]):
             raise FastSAEError(
                 f"the loss became {row['loss']} at step {self.step}: lower lr (it is {self.config.lr:.2g}) or normalise"
@@ -197,14 +196,8 @@ class _Run:
         """A checkpoint, atomically."""
         if self.out is None:
             return
-        (self.out / CHECKPOINT).parent.mkdir(exist_ok=True)
-        state = {
-            "sae": self.sae.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-            "resampled": self.resampled,
-        }
-        write_torch(self.out / CHECKPOINT, state)
+        about = {"step": self.step, "resampled": self.resampled, **self.train_step.numbers}
+        shards.write(self.out / CHECKPOINT, self.tensors, about)
 
     def finish(self) -> SAE:
         """Save the SAE in its final form, drop the checkpoint."""
@@ -212,5 +205,5 @@ class _Run:
         if self.out is not None:
             self.sae.save_pretrained(self.out / FOLDER)
             write_json(self.out / RESULT, self.last | {"config": asdict(self.config)})
-            (self.out / CHECKPOINT).unlink(missing_ok=True)
+            shutil.rmtree(self.out / CHECKPOINT, ignore_errors=True)
         return self.sae

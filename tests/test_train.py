@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fastsae
-from fastsae import SAE, FastSAEError, TrainConfig
+from fastsae import SAE, FastSAEError, TrainConfig, tensorfile
 from fastsae.recipe import start
 from fastsae.store import ActivationStore, MemoryStore
 from fastsae.store_writer import StoreWriter
@@ -75,14 +75,14 @@ def test_a_run_leaves_its_log_its_dictionary_and_its_result(store, tmp_path):
     assert [row["step"] for row in rows] == [10, 20, 30, 40, 50, 60] and len(seen) == 6
     assert set(rows[0]) == {
         *("step", "tokens", "loss", "mse", "sparsity", "aux", "l0", "fve"),
-        *("dead", "lr", "penalty", "resampled"),
+        *("dead", "lr", "penalty", "resampled", "grad_norm"),
     }
     assert rows[-1]["tokens"] == 60 * 128
     assert rows[-1]["mse"] < 0.8 * rows[0]["mse"] and rows[-1]["fve"] > 0.6
     assert rows[-1]["loss"] == pytest.approx(rows[-1]["mse"] + rows[-1]["aux"])
     result = json.loads((tmp_path / "run/train.json").read_text())
     assert result["step"] == 60 and result["config"]["k"] == 4 and result["config"]["d_in"] == D
-    assert not (tmp_path / "run/checkpoint/state.pt").exists()
+    assert not (tmp_path / "run/checkpoint").exists()
     assert not sae.training
     assert_same(SAE.from_pretrained(tmp_path / "run/sae"), sae)
     torch.testing.assert_close(sae.W_dec.detach().norm(dim=1), torch.ones(F))
@@ -139,19 +139,20 @@ def test_folders_of_other_runs_are_refused(store, tmp_path):
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(store, tmp_path, monkeypatch):
-    real, calls = torch.save, []
+    real, calls = tensorfile.write, []
 
-    def full(state, path):
+    def full(path, tensors, metadata):
         calls.append(path)
         if len(calls) == 2:
             Path(path).write_bytes(b"half of it")
             raise OSError(errno.ENOSPC, "No space left on device")
-        real(state, path)
+        real(path, tensors, metadata)
 
-    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(tensorfile, "write", full)
     with pytest.raises(FastSAEError, match="No space left on device"):
         train(store, out=tmp_path / "run", checkpoint_every=20, **SMALL, **TOPK)
-    assert [file.name for file in (tmp_path / "run/checkpoint").iterdir()] == ["state.pt"]
+    kept = {file.name for file in (tmp_path / "run/checkpoint").iterdir()}
+    assert kept == {"about.json", "state.safetensors"}
     resumed = train(store, out=tmp_path / "run", resume=True, checkpoint_every=20, **SMALL, **TOPK)
     assert_same(resumed, train(store, **SMALL, **TOPK))
 
@@ -251,6 +252,30 @@ def test_schedules_reach_the_step(store):
         assert row["loss"] == pytest.approx(row["mse"] + row["penalty"] * row["sparsity"], rel=1e-5)
     sae = SAE(TrainConfig(d_sae=F, activation="relu").complete(D, N).sae)
     assert sae.cfg.activation == "relu"
+
+
+def test_k_comes_down(store):
+    rows = []
+    train(store, on_log=rows.append, **SMALL | TOPK | {"log_every": 1, "k_start": 12, "k_anneal": 0.5})
+    assert rows[0]["l0"] == pytest.approx(12, abs=0.5) and rows[15]["l0"] == pytest.approx(8, abs=0.5)
+    assert rows[30]["l0"] <= 4 and rows[-1]["l0"] <= 4
+
+
+@pytest.mark.parametrize(
+    "options", [{"state": "8bit"}, {"state": "rowwise", "beta1": 0.0}, {"state": "bf16"},
+                {"state": "8bit", "master": "bf16-sr", "dtype": "bfloat16"}, {"clip_by": "previous", "clip": 1.0}]
+)  # fmt: skip
+def test_small_states_train_and_resume_bit_for_bit(store, tmp_path, options):
+    def control_c(row):
+        if row["step"] == 30:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    whole, rows = None, []
+    whole = train(store, on_log=rows.append, **SMALL, **TOPK, **options)
+    assert rows[-1]["fve"] > 0.5
+    with pytest.raises(KeyboardInterrupt):
+        train(store, out=tmp_path / "cut", on_log=control_c, **SMALL, **TOPK, **options)
+    assert_same(train(store, out=tmp_path / "cut", resume=True, **SMALL, **TOPK, **options), whole)
 
 
 def test_warmed_up_penalty_has_the_gradient_of_the_scaled_loss():
