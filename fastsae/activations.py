@@ -208,15 +208,19 @@ class BatchTopK(TopK):
     def parts(self, rows: Tensor, wanted: Tensor) -> Parts:
         parts = super().parts(rows, wanted)
         if self.sae.training:
-            self.follow(parts.made.values.detach())
+            self.follow(parts.made)
         return parts
 
-    def follow(self, values: Tensor) -> None:
+    def follow(self, made: Autoencoded) -> None:
         """Moves the running threshold towards the smallest value that was kept; to it, the first time."""
         running, rate = self.sae.running_threshold, self.sae.cfg.threshold_rate
         with torch.no_grad():  # as a decorator it would end torch.compile's graph
-            kept = torch.cat([values.reshape(-1), values.new_zeros(1)])  # there may be none
-            least = torch.where(kept > 0, kept, float("inf")).amin().to(running.dtype)
+            if made.cut.numel():  # rows may be missing from values
+                least = made.cut[0].int().view(torch.float32)
+            else:
+                kept = torch.cat([made.values.reshape(-1), made.values.new_zeros(1)])  # there may be none
+                least = torch.where(kept > 0, kept, float("inf")).amin()
+            least = least.to(running.dtype)
             step = torch.where(running > 0, running + rate * (least - running), least)
             running.copy_(torch.where(torch.isfinite(least), step, running))
 
