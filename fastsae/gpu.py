@@ -1,8 +1,9 @@
 """The fast path in Triton kernels: the encoder of `cpu`, for CUDA tensors, and for CPU tensors in Triton's interpreter.
 
 Each rule runs the same kernels: `encode` leaves the best of every group of 32 features, `select` keeps what reaches a
-row's bound and lists the groups that may hide more, `repair` computes those. Nothing here is [N, F], nothing has a
-gradient; `fastsae.ops` puts forward and backward together.
+row's bound and lists the groups that may hide more, `repair` computes those; for BatchTopK `batch_cut` finds where the
+choice ends. Nothing here is [N, F], nothing has a gradient; `fastsae.ops` and `fastsae.autoencode` put forward and
+backward together.
 
 Axes: N tokens, K active latents per token, F dictionary size, D width, G = ⌈F / 32⌉ groups, C slots of a row.
 """

@@ -89,8 +89,8 @@ def above(
 
         if may_leave_open:
             found = gpu.encode_open(x, weight, bias, most, capacity)
-        else:
-            found = gpu.encode_above(x, weight, bias, most, capacity=capacity)
+            return None if found is None else Selected(*found[:4])
+        found = gpu.encode_above(x, weight, bias, most, capacity=capacity)
     else:
         found = cpu.encode_relu(x, weight, bias.to(x.dtype), most)
     return None if found is None else Selected(*found)

@@ -206,7 +206,7 @@ def test_the_running_threshold_follows_what_is_not_in_slots():
     assert opened and mine.running_threshold > 0
     before = mine.running_threshold.clone()
     with torch.no_grad():
-        mine.encoder.bias -= 100
+        mine.encoder.bias.sub_(100)
     mine.loss(x)
     assert mine.running_threshold == before, "where nothing is chosen it stays"
 
