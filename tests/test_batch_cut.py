@@ -262,3 +262,18 @@ def test_shapes_are_what_torch_compile_is_told(rule):
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     options = (rule, 3, 40, 0.2, True, False, 0, "triton", room_with(4, 8))
     torch.library.opcheck(fused._autoencode, (*tensors, *options), test_utils=tests)
+
+
+def test_a_compiled_loss_is_one_graph():
+    def made() -> fastsae.SAE:
+        return fastsae.SAE(d_in=16, d_sae=64, activation="batchtopk", k=4, backend="triton", device=DEVICE)
+
+    sae, eager = made(), made()
+    compiled = torch.compile(lambda x: sae.loss(x).loss, fullgraph=True, backend="aot_eager")
+    for model, loss in ((sae, compiled), (eager, lambda x: eager.loss(x).loss)):
+        known = capacity.room_of(model.room)
+        known.slots, known.needed = 5, 1
+        loss(torch.randn(6, 16, generator=torch.Generator().manual_seed(0)).to(DEVICE)).backward()
+    assert torch.equal(sae.running_threshold, eager.running_threshold)
+    for p, q in zip(sae.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
