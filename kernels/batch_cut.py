@@ -109,7 +109,6 @@ def narrow_kernel(histogram_ptr, state_ptr, total, level, BITS: tl.constexpr):  
     """Finds the digit, adds it to the state, and empties the histogram."""
     bins = tl.arange(0, 2**BITS)
     counts = tl.load(histogram_ptr + bins)
-    tl.store(histogram_ptr + bins, tl.zeros([2**BITS], dtype=tl.int64))
     taken = tl.load(state_ptr + TAKEN)
     settled = is_settled(state_ptr, level)
     wanted = tl.minimum(total - taken, tl.sum(counts, axis=0))  # where there are fewer, the last of all is the last
@@ -123,6 +122,7 @@ def narrow_kernel(histogram_ptr, state_ptr, total, level, BITS: tl.constexpr):  
     tl.store(state_ptr + level, number)
     tl.store(state_ptr + TAKEN, taken + before)
     tl.store(state_ptr + SETTLED, tl.where(level > 0, settled, within == wanted - before).to(tl.int64))
+    tl.store(histogram_ptr + bins, tl.zeros([2**BITS], dtype=tl.int64))  # after the sums, for which all threads wait
 
 
 @triton.jit

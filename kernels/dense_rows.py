@@ -48,8 +48,7 @@ def tile_of_code(
 
 @triton.jit
 def forward_kernel(
-    list_ptr, n_list_ptr, x_ptr, w_ptr, bias_ptr, theta_ptr, cut_ptr, w_dec_ptr, b_dec_ptr,
-    target_ptr, norms_ptr,
+    list_ptr, n_list_ptr, x_ptr, w_ptr, bias_ptr, theta_ptr, cut_ptr, w_dec_ptr, b_dec_ptr, target_ptr, norms_ptr,
     out_ptr, residual_ptr, l1_ptr, l0_ptr, fired_ptr,  # [N, D], [N, D], [N], [N], [F]: written for the rows of the list
     F, tiles, stride_xn, stride_wf, stride_vf, stride_tn,
     HAS_THETA: tl.constexpr, HAS_CUT: tl.constexpr, HAS_NORMS: tl.constexpr, HAS_TARGET: tl.constexpr, D: tl.constexpr,
@@ -251,8 +250,8 @@ def options(x: Tensor, n_tiles: int) -> tuple[tuple[int], dict[str, object]]:
 
 def forward(
     these: Listed, x: Tensor, weight: Tensor, bias: Tensor, threshold: Tensor | None, cut: Tensor | None,
-    w_dec: Tensor, b_dec: Tensor,
-    target: Tensor | None, norms: Tensor | None, out: Tensor, residual: Tensor, l1: Tensor, l0: Tensor, fired: Tensor,
+    w_dec: Tensor, b_dec: Tensor, target: Tensor | None, norms: Tensor | None,
+    out: Tensor, residual: Tensor, l1: Tensor, l0: Tensor, fired: Tensor,
 ) -> None:  # fmt: skip
     """Writes the rows of the list in out and, with a target, residual [N, D], l1 and l0 [N] fp32; adds to fired [F].
 
@@ -276,8 +275,7 @@ def forward(
 
 def backward(
     these: Listed, x: Tensor, weight: Tensor, bias: Tensor, threshold: Tensor | None, cut: Tensor | None,
-    bandwidth: float, w_dec: Tensor,
-    norms: Tensor | None, pull: Pull, made: WeightGradients, d_x: Tensor | None,
+    bandwidth: float, w_dec: Tensor, norms: Tensor | None, pull: Pull, made: WeightGradients, d_x: Tensor | None,
 ) -> None:  # fmt: skip
     """Adds what the rows of the list give to the gradients in made, and writes their rows of d_x [N, D]."""
     (N, D), F = x.shape, weight.shape[0]
