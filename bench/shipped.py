@@ -38,6 +38,7 @@ def shipped() -> Iterator[Shipped]:
     yield from _weight_grad()
     yield from _dense_rows()
     yield from _batch_cut()
+    yield from _row_update()
 
 
 def _types(pointers: dict[str, str], sizes: str, strides: str) -> dict[str, str]:
@@ -49,7 +50,7 @@ def _decode() -> Iterator[Shipped]:
 
     strides = ("stride_in", "stride_vn", "stride_wf", "stride_tn", "stride_on")
     kinds = {"": (False, False, False), " counts": (True, False, False), " order": (True, True, False),
-             " error": (True, False, True)}  # fmt: skip
+             " error": (True, False, True), " order error": (True, True, True)}  # fmt: skip
     for dtype, kind, whole in itertools.product(("fp32", "bf16", "fp16"), kinds, (False, True)):
         has_counts, has_order, has_target = kinds[kind]
         own = f"*{dtype}"
@@ -171,13 +172,13 @@ def _repair_and_exact() -> Iterator[Shipped]:
                 tuple(pointers) + (() if odd else ("stride_xn", "stride_wf")), warps, exact.NUM_STAGES,
                 maxnreg=exact.REGISTERS,
             )
-    for block in (64, 128, 256, 512):
+    for block, fired in itertools.product((64, 128, 256, 512), (False, True)):
         pointers = {"partial_ptr": "*i64", "n_found_ptr": "*i32", "n_failed_ptr": "*i32", "values_ptr": "*fp32",
                     "indices_ptr": "*i32", "counts_ptr": "*i32", "fired_ptr": "*i32"}
         yield Shipped(
-            "exact", f"merge {block} slots", exact.exact_merge_kernel,
+            "exact", f"merge {block} slots{' fired' if fired else ''}", exact.exact_merge_kernel,
             _types(pointers, "C MOST_FAILED K SPLITS", ""),
-            {"HAS_FIRED": True, "B": block}, tuple(pointers), exact.shape(block, False, True)[1],
+            {"HAS_FIRED": fired, "B": block}, tuple(pointers), exact.shape(block, False, True)[1],
         )
 
 
@@ -187,9 +188,10 @@ def _weight_grad() -> Iterator[Shipped]:
     widths = {"": weight_grad.WIDEST, " D 512": 512, " odd D": ODD_WIDTH}
     # Of the penalties: none (TopK), weighted L1, and JumpReLU with a gradient of the values besides, which is all of
     # them.
-    kinds = {"": (), " L1": ("HAS_L1", "HAS_NORMS"), " JumpReLU": ("HAS_D_VALUES", "HAS_L0", "HAS_THETA")}
+    kinds = {"": (), " L1": ("HAS_L1", "HAS_NORMS"), " JumpReLU": ("HAS_D_VALUES", "HAS_L0", "HAS_THETA"),
+             " plain L1": ("HAS_L1",), " L0": ("HAS_L0", "HAS_THETA")}  # fmt: skip
     for dtype, kind, width, dots in itertools.product(("fp32", "bf16", "fp16"), kinds, widths, (False, True)):
-        if dots and width not in ("", " odd D"):
+        if (dots and width not in ("", " odd D")) or ((dots or width) and kind in (" plain L1", " L0")):
             continue
         flags = {f"HAS_{name}": f"HAS_{name}" in kinds[kind] for name in ("NORMS", "THETA")}
         more = {f"HAS_{name}": f"HAS_{name}" in kinds[kind] for name in ("D_VALUES", "L1", "L0")}
@@ -207,7 +209,7 @@ def _weight_grad() -> Iterator[Shipped]:
         }  # fmt: skip
         D = widths[width]
         block_d = min(1 << (D - 1).bit_length(), weight_grad.SLICE if dots else D * 2)
-        size = {"BLOCK_D": block_d}
+        size = {"BLOCK_D": block_d, "HAS_ROWS": True}
         whole = ("D",) if D % 16 == 0 else ()
         yield Shipped(
             "weight_grad", f"{dtype}{kind}{width}{' dots' if dots else ''}", weight_grad.weight_grad_kernel,
@@ -223,6 +225,21 @@ def _weight_grad() -> Iterator[Shipped]:
             "weight_grad", f"reduce {dtype}{kind}{width}", weight_grad.reduce_kernel,
             _types(pointers, "D", "stride_wf"), flags | size,
             (*pointers, *whole, *(("stride_wf",) if whole else ())), weight_grad.warps(block_d, 8),
+        )
+    for dtype, kind in itertools.product(("fp32", "bf16", "fp16"), kinds):  # without rows, the dots made first
+        flags = {f"HAS_{name}": f"HAS_{name}" in kinds[kind] for name in ("D_VALUES", "L1", "L0", "NORMS", "THETA")}
+        own = f"*{dtype}"
+        optional = {"d_values_ptr": "D_VALUES", "l1_ptr": "L1", "l0_ptr": "L0"}
+        pointers = dict.fromkeys(("pieces_ptr", "order_ptr"), "*i64")
+        pointers |= dict.fromkeys(("values_ptr", "dots_ptr", "d_pre_ptr", "partial_ptr", "scalars_ptr"), "*fp32")
+        pointers |= dict.fromkeys(("g_ptr", "x_ptr", "w_ptr", "d_w_ptr", "d_weight_ptr", "d_bias_ptr"), own)
+        pointers |= {name: "*fp32" if flags[f"HAS_{flag}"] else "*i64" for name, flag in optional.items()}
+        pointers |= {"norms_ptr": own if flags["HAS_NORMS"] else "*i64", "theta_ptr": own, "d_theta_ptr": own}
+        yield Shipped(
+            "weight_grad", f"scalars {dtype}{kind}", weight_grad.weight_grad_kernel,
+            _types(pointers, "F K D", "stride_gn stride_xn stride_wf") | {"bandwidth": "fp32"},
+            flags | {"TOGETHER": weight_grad.TOGETHER, "HAS_DOTS": True, "HAS_ROWS": False, "BLOCK_D": 16},
+            (*pointers, "D", "stride_gn", "stride_xn", "stride_wf"), 1, maxnreg=weight_grad.REGISTERS,
         )
     for dtype, counts, odd in itertools.product(("fp32", "bf16", "fp16"), (False, True), (False, True)):
         own = f"*{dtype}"
@@ -303,4 +320,55 @@ def _batch_cut() -> Iterator[Shipped]:
             digit | blocks | {"D": ODD_WIDTH if odd else WIDTH, "PRECISION": precision},
             (*pointers, *(() if odd else ("stride_xn", "stride_wf"))),
             dense_rows.warps(precision, name in ("bf16", "fp16")), dense_rows.NUM_STAGES, maxnreg=dense_rows.REGISTERS,
+        )
+
+
+def _row_update() -> Iterator[Shipped]:
+    from fastsae.kernels import row_update, weight_grad
+
+    # Weights, state, and what else there is: M a first moment, COPY fp32 weights beside, LAST waiting rows, EXTRA what
+    # AuxK adds, SQUARE the norm.
+    kinds: list[tuple[str, str, tuple[str, ...]]] = [
+        ("fp32", "fp32", ("M", "UNIT", "UPDATE")), ("fp32", "fp32", ("LAST", "UPDATE", "NORMS")),
+        ("fp32", "fp32", ("M", "UNIT", "SQUARE")), ("fp32", "8bit", ("M", "UNIT", "UPDATE")),
+        ("fp32", "bf16", ("M", "UNIT", "UPDATE")), ("fp32", "rowwise", ("M", "UNIT", "UPDATE")),
+        ("bf16", "fp32", ("M", "COPY", "UNIT", "UPDATE", "EXTRA", "NORMS", "SQUARE")),
+        ("bf16", "8bit", ("M", "STOCHASTIC", "UNIT", "UPDATE", "EXTRA", "SQUARE")),
+        ("bf16", "8bit", ("STOCHASTIC", "UNIT", "UPDATE", "LAST")),
+        ("bf16", "rowwise", ("STOCHASTIC", "UNIT", "UPDATE", "LAST")),
+        ("fp16", "fp32", ("M", "COPY", "UNIT", "UPDATE")),
+    ]  # fmt: skip
+    flags = ("M", "COPY", "LAST", "EXTRA", "NORMS", "SQUARE")
+    for (dtype, state, given), D in itertools.product(kinds, (weight_grad.WIDEST, 512, ODD_WIDTH)):
+        own, block_d = f"*{dtype}", 1 << (D - 1).bit_length()
+        m = {"8bit": "*i8", "fp32": "*fp32"}.get(state, "*bf16")
+        v = {"8bit": "*u8", "bf16": "*bf16"}.get(state, "*fp32")
+        pointers = {"of_norms_ptr": own, "extra_ptr": "*i32", "last_ptr": "*i32"}
+        pointers |= dict.fromkeys(("partial_ptr", "extra_w_ptr", "extra_weight_ptr", "square_ptr", "factor_ptr",
+                                   "norms_ptr"), "*fp32")  # fmt: skip
+        for matrix in ("w", "e"):
+            pointers |= {f"{matrix}_ptr": own, f"{matrix}_m_ptr": m, f"{matrix}_v_ptr": v}
+            scales = f"{matrix}_m_scales_ptr", f"{matrix}_v_scales_ptr"
+            pointers |= dict.fromkeys((f"{matrix}_copy_ptr", *scales), "*fp32")
+        constants = {f"HAS_{flag}": flag in given for flag in flags} | {"STATE": state, "BLOCK_D": block_d}
+        constants |= {flag: flag in given for flag in ("UPDATE", "STOCHASTIC", "UNIT")}
+        numbers = dict.fromkeys("t seed".split(), "i32")
+        numbers |= dict.fromkeys("lr beta1 beta2 eps decay first second".split(), "fp32")
+        whole = ("D",) if D % 16 == 0 else ()
+        name = f"{dtype} {state} D {D} {' '.join(given).lower()}"
+        own_pointers = {"pieces_ptr": "*i64", "order_ptr": "*i64", "values_ptr": "*fp32", "d_pre_ptr": "*fp32",
+                        "g_ptr": own, "x_ptr": own} | pointers  # fmt: skip
+        yield Shipped(
+            "row_update", name, row_update.row_update_kernel,
+            _types(own_pointers, "F K D", "stride_gn stride_xn") | numbers,
+            constants | {"TOGETHER": weight_grad.TOGETHER},
+            (*own_pointers, *whole, *(("stride_gn", "stride_xn") if whole else ())),
+            row_update.warps(block_d), maxnreg=row_update.REGISTERS,
+        )
+        if D == 512:
+            continue
+        pointers = {"split_ptr": "*i64"} | pointers
+        yield Shipped(
+            "row_update", f"reduce {name}", row_update.row_update_reduce_kernel, _types(pointers, "D", "") | numbers,
+            constants, (*pointers, *whole), row_update.warps(block_d), maxnreg=row_update.REGISTERS,
         )

@@ -25,7 +25,7 @@ from torch import Tensor
 from fastsae import auxk, cpu, dense, gradients, selection
 from fastsae.capacity import room_of
 from fastsae.codes import SparseCode
-from fastsae.dispatch import check_encode, check_k, check_threshold, use_triton
+from fastsae.dispatch import check_alike, check_dead, check_encode, check_k, check_threshold, use_triton
 from fastsae.errors import DataError
 from fastsae.gradients import Pull, cast_for_autocast, no_second_gradient, widened
 
@@ -67,36 +67,55 @@ def autoencode(
     rule: str, target: Tensor | None = None, centred: bool = True, k: int = 1, most: int | None = None,
     threshold: Tensor | None = None, bandwidth: float = 0.0, weighted: bool = False,
     dead: Tensor | None = None, is_dead: Tensor | None = None, k_aux: int = 0, backend: str = "auto", room: int = 0,
+    whole: bool = False, norms: Tensor | None = None,
 ) -> Autoencoded:  # fmt: skip
     """x, target: [N, D]; weight, w_dec: [F, D]; bias, threshold: [F]; b_dec: [D]; of one dtype and on one device.
 
     rule: relu, topk, jumprelu or batchtopk; k: of topk and batchtopk. most: entries of a row beyond which
     relu and jumprelu take the dense path, F by default. dead: [S] latents for aux, those of them that is_dead [F]
-    names. room: a number of the caller's own (`capacity.new_room`).
+    names. room: a number of the caller's own (`capacity.new_room`). whole: for callers without autograd, whether no row
+    may be left out of the code, for which variable codes wait for the device; norms: those of w_dec's rows [F], where
+    such a caller knows them.
+
+    Under autocast b_dec is taken off x and target before they are rounded, as it is where x − b_dec goes into an
+    nn.Linear.
 
     Raises DataError (a ValueError) for an unknown rule, and for shapes, dtypes, devices and k that do not fit.
     """
     if rule not in RULES:
         raise DataError(f"expected a rule of {', '.join(RULES)}, got {rule!r}")
     check_encode(x, weight, bias, b_dec, False)
-    if w_dec.shape != weight.shape or (target is not None and target.shape != x.shape):
-        got = tuple(w_dec.shape), None if target is None else tuple(target.shape)
-        raise DataError(f"expected w_dec {tuple(weight.shape)} and target {tuple(x.shape)}, got {got[0]} and {got[1]}")
+    check_alike(weight, w_dec=w_dec)
+    if target is not None:
+        check_alike(x, target=target)
     if rule in ("topk", "batchtopk"):
         check_k(k, weight.shape[0])
     if rule == "jumprelu":
         if threshold is None:
             raise DataError(f"jumprelu needs a threshold [{weight.shape[0]}], got None; relu has none")
         check_threshold(threshold, bias, bandwidth)
+    check_dead(dead, is_dead, k_aux, bias)
     most = weight.shape[0] if most is None else most
+    if most < 1:
+        raise DataError(f"most must be at least 1, got {most}")
+    of_output = None
+    if torch.is_autocast_enabled(x.device.type):
+        of_output, b_dec = b_dec, torch.zeros_like(b_dec)
+        x = x - of_output if centred else x
+        target = None if target is None else target - of_output
+        centred = False
     x, target, weight, bias, w_dec, b_dec, threshold = cast_for_autocast(
         x, target, weight, bias, w_dec, b_dec, threshold
     )
-    out = _autoencode(
-        x, target, weight, bias, w_dec, b_dec, threshold, dead, is_dead,
-        rule, k, most, bandwidth, centred, weighted, k_aux, backend, room,
-    )  # fmt: skip
-    return Autoencoded(*out)
+    # Kernels take contiguous rows for granted, and torch.compile that outputs are laid out as the fakes are.
+    x, target = x.contiguous(), None if target is None else target.contiguous()
+    tensors = x, target, weight, bias, w_dec, b_dec, threshold, dead, is_dead
+    options = rule, k, most, bandwidth, centred, weighted, k_aux, backend, room
+    if whole:
+        assert not torch.is_grad_enabled()
+        return Autoencoded(*_forward(*tensors, *options, may_leave_open=False, norms=norms))
+    made = Autoencoded(*_autoencode(*tensors, *options))
+    return made if of_output is None else made._replace(x_hat=made.x_hat + of_output)
 
 
 # --- forward --------------------------------------------------------------------------------------------------------
@@ -111,31 +130,43 @@ def _autoencode(
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 ]:  # fmt: skip
     """The fields of Autoencoded."""
+    # Without a room of its own a caller has no memory of what there is to leave open.
+    return _forward(
+        x, target, weight, bias, w_dec, b_dec, threshold, dead, is_dead,
+        rule, k, most, bandwidth, centred, weighted, k_aux, backend, room, may_leave_open=room != 0,
+    )  # fmt: skip
+
+
+def _forward(
+    x: Tensor, target: Tensor | None, weight: Tensor, bias: Tensor, w_dec: Tensor, b_dec: Tensor,
+    threshold: Tensor | None, dead: Tensor | None, is_dead: Tensor | None,
+    rule: str, k: int, most: int, bandwidth: float, centred: bool, weighted: bool, k_aux: int, backend: str, room: int,
+    may_leave_open: bool, norms: Tensor | None = None,
+) -> Any:  # fmt: skip
     with torch.autocast(x.device.type, enabled=False):
         rows = x - b_dec if centred else x
         N, F = x.shape[0], weight.shape[0]
         capacity = room_of(room)
-        may_leave_open = room != 0  # without a room of its own a caller has no memory of what there is to leave
         selected = selection.select(
             rows, weight, bias, threshold, rule, k, most, bandwidth, backend, capacity, may_leave_open
         )
-        values, indices, counts = selection.as_tensors(selected, x)
+        triton = use_triton(backend, weight, product=True, k=k if rule == "topk" else 0)
+        values, indices, counts = selection.as_tensors(selected, x, triton)
         is_open = torch.zeros(0, dtype=torch.bool, device=x.device)
         cut = torch.zeros(0, dtype=torch.int64, device=x.device)
-        norms = w_dec.norm(dim=1) if weighted else None
+        norms = None if not weighted else w_dec.norm(dim=1) if norms is None else norms
         if selected is None:
-            made = dense.forward(rows, weight, bias, w_dec, threshold, norms)
-            total, l1, l0, fired = made
+            total, l1, l0, fired, entries = dense.forward(rows, weight, bias, w_dec, threshold, norms, bandwidth)
             x_hat = (total + b_dec).to(x.dtype)
             residual, error = _compare(x_hat, target)
             if room and use_triton(backend, weight) and N:
-                capacity.send(l0.max(), None)
+                capacity.send(entries.max(), None)
         else:
             x_hat, residual, error = _decode(selected, w_dec, b_dec, target, backend)
             active = values > 0
             l0 = widened(x.new_empty(0)).new_zeros(N) + active.sum(-1)
             l1 = widened(values if norms is None else values * norms[indices.long()]).sum(-1)
-            fired = _fired(indices, active, F)
+            fired = _fired(indices, active, F) if selected.fired is None else selected.fired
             if selected.is_open is not None:
                 from fastsae.kernels import dense_rows
 

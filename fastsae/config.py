@@ -62,8 +62,9 @@ class SAEConfig:
     apply_b_dec_to_input: bool = True
     """Whether the encoder sees x − b_dec or x."""
     max_l0: int | None = None
-    """relu, jumprelu: the most active latents a token may have before the batch takes the dense path, which is
-    exact, slower and has no SparseCode. None means max(d_sae // 8, min(d_sae, 256))."""
+    """relu, jumprelu: the most entries a token's code may have before the batch takes the dense path, which is exact,
+    slower and has no SparseCode: active latents and, while thresholds are trained, those in the band below them. None
+    means max(d_sae // 8, min(d_sae, 256))."""
     decoder_norm: Literal["unit", "free"] = "unit"
     """What the trainer keeps W_dec's rows at after each step. `loss` itself constrains nothing."""
     init_decoder_norm: float = 1.0

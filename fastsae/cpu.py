@@ -87,6 +87,15 @@ def _grouped(chunk: Chunk, least_groups: int = 1) -> Tensor:
     return chunk.pre.view(chunk.pre.shape[0], size, C // size)
 
 
+def _maxima(grouped: Tensor) -> Tensor:
+    """The largest of each group of grouped [R, G, S], NaN aside: [R, S]. NaN is nobody's value and hides no neighbour:
+    it is overwritten."""
+    largest = grouped.amax(1)
+    if bool(torch.isnan(largest.sum())):
+        largest = grouped.masked_fill_(torch.isnan(grouped), float("-inf")).amax(1)
+    return largest
+
+
 def _above(grouped: Tensor, largest: Tensor, threshold: Tensor | None, start: int) -> Entries:
     """The entries > threshold [R, 1], or > 0, of grouped [R, G, S]; largest [R, S] is its maximum over G."""
     _, G, S = grouped.shape
@@ -127,7 +136,7 @@ def _topk_of_rows(parts: Iterator[Chunk], k: int, d_sae: int) -> tuple[Tensor, T
     n_pending = seen = 0
     for chunk in parts:
         grouped = _grouped(chunk, least_groups=2 * k)
-        largest = grouped.amax(1)
+        largest = _maxima(grouped)
         if chunk.start == 0:
             threshold = _lower_bound(largest, k)
         pending.append(_above(grouped, largest, threshold, chunk.start))
@@ -210,7 +219,7 @@ def encode_relu(
         counts = torch.zeros(block.shape[0], dtype=torch.int64, device=x.device)
         for chunk in chunks(block, weight, bias, columns):
             grouped = _grouped(chunk)
-            entries = _above(grouped, grouped.amax(1), None, chunk.start)
+            entries = _above(grouped, _maxima(grouped), None, chunk.start)
             counts += torch.bincount(entries.row, minlength=block.shape[0])
             if int(counts.max()) > max_l0:
                 return None
@@ -245,7 +254,7 @@ def encode_batchtopk(
         block = x[first : first + rows] if centre is None else x[first : first + rows] - centre
         for chunk in chunks(block, weight, bias, columns):
             grouped = _grouped(chunk)
-            largest = grouped.amax(1)
+            largest = _maxima(grouped)
             if chunk.start == first == 0:
                 threshold = _lower_bound(largest.reshape(1, -1), total)[0, 0]
             entries = _above(grouped, largest, threshold.expand(block.shape[0], 1), chunk.start)

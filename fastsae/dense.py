@@ -18,31 +18,36 @@ from fastsae.gradients import Pull, WeightGradients, add_norm_gradient, widened
 
 
 class Dense(NamedTuple):
-    """out = f · w_dec [N, D], l1 [N] (weighted with norms [F] where given), l0 [N] and fired [F], how often."""
+    """out = f · w_dec [N, D], l1 [N] (weighted with norms [F] where given), l0 [N] and fired [F], how often; and
+    entries [N]: l0, and those of the threshold's band below it."""
 
     out: Tensor
     l1: Tensor
     l0: Tensor
     fired: Tensor
+    entries: Tensor
 
 
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor, w_dec: Tensor, threshold: Tensor | None, norms: Tensor | None
-) -> Dense:
+    x: Tensor, weight: Tensor, bias: Tensor, w_dec: Tensor, threshold: Tensor | None, norms: Tensor | None,
+    bandwidth: float = 0.0,
+) -> Dense:  # fmt: skip
     """out, l1 and l0 in fp32 or more."""
     N, F = x.shape[0], weight.shape[0]
     out = widened(x.new_empty(0)).new_zeros(N, w_dec.shape[1])
-    l1, l0 = out.new_zeros(N), out.new_zeros(N)
+    l1, l0, entries = (out.new_zeros(N) for _ in range(3))
     fired = torch.zeros(F, dtype=torch.int32, device=x.device)
     for chunk in cpu.chunks(x, weight, bias, cpu.by_columns(N, F)[1]):
         part = slice(chunk.start, chunk.stop)
+        if threshold is not None and bandwidth:
+            entries += (chunk.pre > threshold[part] - bandwidth / 2).sum(-1)
         f = _activate(chunk.pre, threshold, part)
         out += torch.mm(f, w_dec[part])
         l1 += f.sum(-1, dtype=out.dtype) if norms is None else f @ norms[part].to(f.dtype)
         active = f > 0
         l0 += active.sum(-1)
         fired[part] = active.sum(0)
-    return Dense(out, l1, l0, fired)
+    return Dense(out, l1, l0, fired, entries if threshold is not None and bandwidth else l0)
 
 
 def backward(

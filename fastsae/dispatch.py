@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -36,22 +36,49 @@ def check_encode(x: Tensor, weight: Tensor, bias: Tensor, centre: Tensor | None,
 
 
 def check_threshold(threshold: Tensor, bias: Tensor, bandwidth: float) -> None:
-    if threshold.shape != bias.shape or threshold.device != bias.device:
+    check_alike(bias, threshold=threshold)
+    if not 0 <= bandwidth < float("inf"):
+        raise DataError(f"bandwidth must be a finite number ≥ 0, got {bandwidth}")
+
+
+def check_alike(like: Tensor, **given: Tensor) -> None:
+    """Raises DataError for a tensor that has not the shape, dtype and device of `like`."""
+    for name, t in given.items():
+        if (t.shape, t.dtype, t.device) != (like.shape, like.dtype, like.device):
+            raise DataError(
+                f"expected {name} {list(like.shape)} in {like.dtype} on {like.device}, got {list(t.shape)} in "
+                f"{t.dtype} on {t.device}; .to() converts dtype and device"
+            )
+
+
+def check_dead(dead: Tensor | None, is_dead: Tensor | None, k_aux: int, bias: Tensor) -> None:
+    """What AuxK is given, but for the range of dead, which would wait for the device."""
+    if (dead is None) != (is_dead is None):
+        raise DataError("dead and is_dead go together, got one of them")
+    if dead is None or is_dead is None:
+        return
+    if dead.ndim != 1 or dead.dtype != torch.int64 or is_dead.shape != bias.shape or is_dead.dtype != torch.bool:
         raise DataError(
-            f"threshold must be [{bias.numel()}] on {bias.device}, one for each feature, "
-            f"got {tuple(threshold.shape)} on {threshold.device}"
+            f"expected dead [S] in int64 and is_dead [{bias.numel()}] in bool, got {list(dead.shape)} in {dead.dtype} "
+            f"and {list(is_dead.shape)} in {is_dead.dtype}"
         )
-    if bandwidth < 0:
-        raise DataError(f"bandwidth must be 0 or more, got {bandwidth}")
+    if k_aux < 1:
+        raise DataError(f"k_aux must be at least 1 where there are dead latents to choose among, got {k_aux}")
 
 
 def check_k(k: int, among: int) -> None:
-    if not 1 <= k <= among:
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= among:
         raise DataError(f"expected k in 1 … {among}, the number of features to choose among, got {k}")
 
 
 def check_indices(code: SparseCode) -> None:
-    """Raises DataError if a used slot of code names no feature. Waits for the device."""
+    """Raises DataError if a used slot of code names no feature, or counts no slots. Waits for the device."""
+    if code.counts is not None and code.counts.numel():
+        if code.counts.is_floating_point() or code.counts.dtype == torch.bool:
+            raise DataError(f"expected integer counts, got {code.counts.dtype}")
+        least, most = (int(bound) for bound in code.counts.aminmax())
+        if least < 0 or most > code.k:
+            raise DataError(f"expected counts in 0 … {code.k}, the slots of a row, got some from {least} to {most}")
     if code.indices.is_floating_point() or code.indices.dtype == torch.bool:
         raise DataError(f"expected integer indices, got {code.indices.dtype}")
     if code.indices.numel() == 0:
@@ -66,6 +93,8 @@ def use_triton(backend: Backend | str, w: Tensor, product: bool = False, k: int 
 
     product: whether the kernels multiply matrices, which Triton's interpreter gets wrong in bfloat16.
     """
+    if backend not in get_args(Backend):
+        raise DataError(f"backend must be one of {', '.join(map(repr, get_args(Backend)))}, got {backend!r}")
     if backend == "torch" or (backend == "auto" and w.device.type != "cuda"):
         return False
     problem = _no_kernels(w, product, k)

@@ -99,6 +99,10 @@ def decode(code: SparseCode, w_dec: Tensor, backend: Backend = "auto", check: bo
     Raises DataError for indices that name no feature or w_dec of another size, and if backend is "triton" and there
     are no kernels for these tensors.
     """
+    if not isinstance(code, SparseCode):
+        raise DataError(f"expected a SparseCode, got {type(code).__name__}; encode_sparse makes one")
+    if w_dec.device != code.device:
+        raise DataError(f"expected w_dec on the code's device {code.device}, got {w_dec.device}; move one with .to()")
     if w_dec.ndim != 2 or w_dec.shape[0] != code.d_sae:
         raise DataError(f"expected w_dec [{code.d_sae}, D], a row for each feature, got {tuple(w_dec.shape)}")
     if check:
@@ -114,7 +118,9 @@ def _encode(
     rule: str, x: Tensor, weight: Tensor, bias: Tensor, centre: Tensor | None, backend: Backend,
     k: int = 0, most: int = 0, threshold: Tensor | None = None, bandwidth: float = 0.0, room: int = 0,
 ) -> SparseCode:  # fmt: skip
-    x, weight, bias, centre, threshold = cast_for_autocast(x, weight, bias, centre, threshold)
+    if torch.is_autocast_enabled(x.device.type) and centre is not None:  # before x is rounded, as for nn.Linear
+        x, centre = x - centre, None
+    x, weight, bias, centre, threshold = cast_for_autocast(x.contiguous(), weight, bias, centre, threshold)
     values, indices, counts = _select(
         x, weight, bias, centre, threshold, rule, k, most, bandwidth, backend, room
     )
@@ -135,7 +141,8 @@ def _select(
     with torch.autocast(x.device.type, enabled=False):
         rows = x if centre is None else x - centre
         found = selection.select(rows, weight, bias, threshold, rule, k, most, bandwidth, backend, room_of(room))
-        return selection.as_tensors(found, x)
+        triton = use_triton(backend, weight, product=True, k=k if rule == "topk" else 0)
+        return selection.as_tensors(found, x, triton)
 
 
 @_select.register_fake

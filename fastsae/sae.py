@@ -239,8 +239,9 @@ class SAE(nn.Module):
         code = self.rule.encode(self._rows(x))
         if code is None:
             raise TooDenseError(
-                f"a token has more than max_l0={self.cfg.max_active} active latents of {self.cfg.d_sae}, too many for "
-                "a SparseCode; use encode(x), or raise max_l0 in the SAEConfig"
+                f"a token has more than max_l0={self.cfg.max_active} active latents of {self.cfg.d_sae} (those in a "
+                "trained threshold's band counted), too many for a SparseCode; use encode(x), "
+                "or raise max_l0 in the SAEConfig"
             )
         return dataclasses.replace(code, batch_shape=tuple(x.shape[:-1]))
 

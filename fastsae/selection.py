@@ -28,6 +28,7 @@ class Selected(NamedTuple):
     counts: Tensor | None
     is_open: Tensor | None = None
     cut: Tensor | None = None
+    fired: Tensor | None = None
 
 
 def select(
@@ -49,20 +50,26 @@ def select(
     return above(x, weight, bias, most, backend, capacity, may_leave_open)
 
 
-def as_tensors(selected: Selected | None, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def as_tensors(selected: Selected | None, like: Tensor, triton: bool) -> tuple[Tensor, Tensor, Tensor]:
     """values, indices and counts, all there: of shape [0, 0] and [0] where the code was too dense."""
     if selected is None:
-        nothing = torch.zeros(0, 0, dtype=torch.int64, device=like.device)
-        return like.new_zeros(0, 0), nothing, nothing.new_zeros(0)
+        value, index = _dtypes(like, triton)
+        nothing = torch.zeros(0, 0, dtype=index, device=like.device)
+        return like.new_zeros(0, 0, dtype=value), nothing, nothing.new_zeros(0)
     values, indices, counts = selected[:3]
     return values, indices, indices.new_full(indices.shape[:1], indices.shape[1]) if counts is None else counts
+
+
+def _dtypes(x: Tensor, triton: bool) -> tuple[torch.dtype, torch.dtype]:
+    """Of values and indices."""
+    return (torch.float32, torch.int32) if triton else (x.dtype, torch.int64)
 
 
 def fake(x: Tensor, weight: Tensor, rule: str, k: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """as_tensors in shapes and dtypes only, within torch.compile."""
     size = torch.library.get_ctx().new_dynamic_size
     triton = use_triton(backend, weight, product=True, k=k if rule == "topk" else 0)
-    value, index = (torch.float32, torch.int32) if triton else (x.dtype, torch.int64)
+    value, index = _dtypes(x, triton)
     slots = k if rule == "topk" else size()
     filled = x.shape[0] if rule in ("topk", "batchtopk") else size()
     return (x.new_empty(filled, slots, dtype=value), x.new_empty(filled, slots, dtype=index),
@@ -74,7 +81,8 @@ def topk(x: Tensor, weight: Tensor, bias: Tensor, k: int, backend: str) -> Selec
     if use_triton(backend, weight, product=True, k=k):
         from fastsae import gpu
 
-        return Selected(*gpu.encode_topk(x, weight, bias, k)[:3])
+        fired = torch.zeros(weight.shape[0], dtype=torch.int32, device=x.device)
+        return Selected(*gpu.encode_topk(x, weight, bias, k, fired=fired)[:3], fired=fired)
     values, indices = cpu.encode_topk(x, weight, bias, k)
     # Values descend, so a row is full if its last slot is in use.
     return Selected(values, indices, None if bool((values[:, -1] > 0).all()) else (values > 0).sum(-1))

@@ -21,18 +21,18 @@ from torch import Tensor
 from fastsae.kernels import weight_grad
 from fastsae.kernels.weight_grad import TOGETHER, WIDEST, Pieces
 
-# Told so, the assembler does not spill a few bytes, as it does left to itself.
-REGISTERS = 168
+# Told so, the assembler does not spill a few bytes, as it does left to itself and, in 8 bits, with 168.
+REGISTERS = 224
 QUANTISED = tl.constexpr(256)  # neighbours that share a scale
 
 
 @triton.jit
-def noise(seed, f, which, d):
+def noise(seed, f, which: tl.constexpr, d):
     """32 random bits for every place d [BLOCK_D] of a row: uint32."""
-    key = (f.to(tl.uint32) * 0x9E3779B1) ^ (seed.to(tl.uint32) + which * 0x7F4A7C15).to(tl.uint32)
+    key = (f.to(tl.uint32) * 0x9E3779B1) ^ (seed.to(tl.uint32) + ((which * 0x7F4A7C15) & 0xFFFFFFFF))
     h = (d.to(tl.uint32) * 0x85EBCA6B) ^ key
-    h = ((h ^ (h >> 16)) * 0x85EBCA6B).to(tl.uint32)
-    h = ((h ^ (h >> 13)) * 0xC2B2AE35).to(tl.uint32)
+    h = (h ^ (h >> 16)) * 0x85EBCA6B
+    h = (h ^ (h >> 13)) * 0xC2B2AE35
     return h ^ (h >> 16)
 
 
@@ -112,7 +112,7 @@ def read_weight(w_ptr, copy_ptr, f, d, D, HAS_COPY: tl.constexpr):
 
 @triton.jit
 def update_row(
-    g, f, d, D, silent, which, seed,
+    g, f, d, D, silent, which: tl.constexpr, seed,
     w_ptr, copy_ptr, m_ptr, m_scales_ptr, v_ptr, v_scales_ptr,  # [F, D], …, scales [F, ⌈D / 256⌉], or v [F]
     factor_ptr, lr, beta1, beta2, eps, decay, first, second,
     STATE: tl.constexpr, HAS_M: tl.constexpr, HAS_COPY: tl.constexpr, STOCHASTIC: tl.constexpr, UNIT: tl.constexpr,

@@ -12,19 +12,25 @@ pytest.importorskip("triton")
 
 import fastsae
 from fastsae import cpu, gpu, ops
+from fastsae.autoencode import autoencode
 from fastsae.codes import SparseCode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-OPTIONS = [{"activation": "topk", "k": 4}, {"activation": "relu", "l1_coefficient": 1.0}]
+OPTIONS = [
+    {"activation": "topk", "k": 4},
+    {"activation": "relu", "l1_coefficient": 1.0},
+    {"activation": "batchtopk", "k": 4},
+    {"activation": "jumprelu", "bandwidth": 0.5, "init_threshold": 0.3},
+]
 
 
 @pytest.fixture
 def launches(monkeypatch) -> list[str]:
     """The names of the kernels that were launched."""
     names: list[str] = []
-    from fastsae.kernels import decode, encode, exact, repair, select
+    from fastsae.kernels import batch_cut, decode, dense_rows, encode, exact, repair, row_update, select, weight_grad
 
-    for module in (decode, encode, exact, repair, select):
+    for module in (batch_cut, decode, dense_rows, encode, exact, repair, row_update, select, weight_grad):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             kernel = getattr(module, name)
 
@@ -54,11 +60,13 @@ def test_triton_launches_kernels_and_agrees_with_torch(options, launches, monkey
     plain_out.loss.backward()
     assert launches == []
     with monkeypatch.context() as patch:
-        for name in ("encode_topk", "encode_relu", "encode_batchtopk"):
+        for name in ("encode_topk", "encode_relu", "encode_batchtopk", "by_token", "by_feature", "weighted_rows"):
             patch.setattr(cpu, name, None)  # whoever calls it fails
         out = sae.loss(x)
         out.loss.backward()
-    assert {"encode_kernel", "collect_kernel", "repair_kernel", "decode_kernel"} <= set(launches)
+    wanted = {"encode_kernel", "collect_kernel", "repair_kernel", "decode_kernel", "weight_grad_kernel"}
+    wanted |= {"count_slots_kernel"} if options["activation"] == "batchtopk" else set()
+    assert wanted <= set(launches)
     torch.testing.assert_close(out.loss, plain_out.loss)
     for (name, p), q in zip(sae.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
@@ -92,13 +100,25 @@ def test_auto_takes_torch_on_the_cpu(launches):
         (lambda x, w, b: ops.encode_topk(x.double(), w, b, 4), "dtype for all, got x torch.float64"),
         (lambda x, w, b: ops.encode_topk(x.to("meta"), w, b, 4), "device for all, got x meta"),
         (lambda x, w, b: ops.encode_batchtopk(x, w, b, 99), "k in 1 … 50"),
-        (lambda x, w, b: ops.encode_jumprelu(x, w, b, b[:3], 50), "threshold must be"),
-        (lambda x, w, b: ops.encode_jumprelu(x, w, b, b, 50, bandwidth=-1), "bandwidth must be 0 or more"),
+        (lambda x, w, b: ops.encode_jumprelu(x, w, b, b[:3], 50), r"expected threshold \[50\]"),
+        (lambda x, w, b: ops.encode_jumprelu(x, w, b, b, 50, bandwidth=-1), "bandwidth must be a finite number"),
         (lambda x, w, b: ops.encode_topk(x / 0, w, b, 4, check_finite=True), "6 of 6 rows with NaN or infinity"),
         (lambda x, w, b: ops.encode_topk(x.double(), w.double(), b.double(), 4, backend="triton"), "got torch.float64"),
         (lambda x, w, b: gpu.encode_topk(x[:, 1:], w[:, 1:].contiguous(), b, 4, encoder="fused"), "16 bytes"),
         (lambda x, w, b: ops.decode(SparseCode(x, x.int(), 50), w[:9]), r"w_dec \[50, D\].*got \(9, 4\)"),
         (lambda x, w, b: ops.decode(SparseCode(x, x.int() + 50, 50), w), "indices in 0 … 49"),
+        (lambda x, w, b: ops.decode(SparseCode(x, x.int(), 50, b[:6].int() + 9), w), "counts in 0 … 4"),
+        (lambda x, w, b: ops.decode(SparseCode(x, x.int(), 50), w.to("meta")), "w_dec on the code's device"),
+        (lambda x, w, b: ops.decode(x, w), "a SparseCode, got Tensor"),
+        (lambda x, w, b: ops.encode_topk(x, w, b, 4, backend="trition"), "one of 'auto', 'triton', 'torch'"),
+        (lambda x, w, b: ops.encode_topk(x, w, b, 2.5), "k in 1 … 50"),
+        (lambda x, w, b: ops.encode_jumprelu(x, w, b, b.half(), 50), r"expected threshold \[50\] in torch.float32"),
+        (lambda x, w, b: autoencode(x, w, b, w.half(), x[0], rule="relu"), r"expected w_dec \[50, 4\] in torch.fl"),
+        (lambda x, w, b: autoencode(x, w, b, w, x[0], rule="relu", target=x.double()), "expected target"),
+        (lambda x, w, b: autoencode(x, w, b, w, x[0], rule="relu", most=-1), "most must be at least 1"),
+        (lambda x, w, b: autoencode(x, w, b, w, x[0], rule="topk", k=2, dead=b.long()[:3]), "go together"),
+        (lambda x, w, b: autoencode(x, w, b, w, x[0], rule="topk", k=2, dead=b.long()[:3], is_dead=b.bool(), k_aux=0),
+         "k_aux must be at least 1"),
     ],
 )
 def test_bad_input_is_one_clear_error_before_any_kernel(call, message, launches):

@@ -47,6 +47,7 @@ def both(given: Part, weights: Weights, options: AdamOptions, **kind: Any) -> tu
         for i, state in enumerate(states):
             warm_up(state, i)
         last = torch.full((F,), options.t - 5, dtype=torch.int32, device=DEVICE) if lazy else None
+        torch.manual_seed(0)
         if name == "kernel":
             rows = fused_rows.FusedRows(own, [given], [], last)
             norms, square = (torch.zeros(F, device=DEVICE) for _ in range(2))
@@ -73,6 +74,7 @@ def both(given: Part, weights: Weights, options: AdamOptions, **kind: Any) -> tu
 
 def warm_up(state: RowAdam, seed: int) -> None:
     """Moments as after some steps."""
+    torch.manual_seed(seed)
     gen = torch.Generator().manual_seed(seed)
     F = state.weight.shape[0]
     for moment, signed in ((state.m, True), (state.v, False)):
@@ -81,7 +83,6 @@ def warm_up(state: RowAdam, seed: int) -> None:
             value = value if signed else value.square()
             value = value.mean(1, keepdim=True) if signed is False and state.state == "rowwise" else value
             moment.write(slice(0, F), value.to(DEVICE), None)
-    torch.manual_seed(0)
 
 
 SIZES = [(17, 5, 40, 19), (9, 4, 30, 63), (6, 7, 24, 300), (5, 2, 9, 512)]  # N, K, F, D
@@ -109,7 +110,8 @@ def test_one_step_is_that_of_torch(size, state, beta1, monkeypatch):
                 assert (x.codes.int() - y.codes.int()).abs().max() <= 1
                 torch.testing.assert_close(x.scales, y.scales, rtol=1e-4, atol=1e-6)
             else:
-                close = {"rtol": 2**-7, "atol": 1e-5} if state == "bf16" else {"rtol": 1e-3, "atol": 1e-5}
+                narrow = state == "bf16" or (state == "rowwise" and x is a.m)
+                close: Any = {"rtol": 2**-7, "atol": 1e-5} if narrow else {"rtol": 1e-3, "atol": 1e-5}
                 torch.testing.assert_close(x.read(slice(None)), y.read(slice(None)), **close)
 
 
@@ -141,7 +143,8 @@ def test_stochastic_rounding_is_right_on_average():
     own = weights._replace(w_dec=state.weight, weight=other.weight)
     state.v.data.fill_(1.0)  # type: ignore[union-attr]
     rows = fused_rows.FusedRows(own, [given._replace(l1=None)], [], None)
-    rows.run((state, other), AdamOptions(0.0, 0.0, 0.999, 1e-8, 0.0, 1), False, 5, torch.zeros(F, device=DEVICE), None, True)
+    options, norms = AdamOptions(0.0, 0.0, 0.999, 1e-8, 0.0, 1), torch.zeros(F, device=DEVICE)
+    rows.run((state, other), options, False, 5, norms, None, True)
     v = state.v.data.float()  # type: ignore[union-attr]
     # 0.999 lies between 0.99609375 and 1.
     assert set(v.unique().tolist()) == {0.99609375, 1.0}
