@@ -363,12 +363,12 @@ def _row_update() -> Iterator[Shipped]:
             _types(own_pointers, "F K D", "stride_gn stride_xn") | numbers,
             constants | {"TOGETHER": weight_grad.TOGETHER},
             (*own_pointers, *whole, *(("stride_gn", "stride_xn") if whole else ())),
-            row_update.warps(block_d), maxnreg=row_update.REGISTERS,
+            row_update.warps(block_d), maxnreg=row_update.registers(block_d),
         )
         if D == 512:
             continue
         pointers = {"split_ptr": "*i64"} | pointers
         yield Shipped(
             "row_update", f"reduce {name}", row_update.row_update_reduce_kernel, _types(pointers, "D", "") | numbers,
-            constants, (*pointers, *whole), row_update.warps(block_d), maxnreg=row_update.REGISTERS,
+            constants, (*pointers, *whole), row_update.warps(block_d), maxnreg=row_update.registers(block_d),
         )

@@ -113,7 +113,7 @@ def jumprelu(
     found = above(x, weight, widened(bias) - below, most, backend, capacity, may_leave_open)
     if found is None:
         return None
-    margins, indices, counts, is_open, _ = found
+    margins, indices, counts, is_open = found[:4]
     values = torch.where(margins > bandwidth / 2, margins + below[indices.long()].to(margins.dtype), 0)
     return Selected(values, indices, counts, is_open)
 

@@ -81,7 +81,8 @@ class TrainStep:
 
     lr, penalty (a factor of the sparsity penalty, for its warm-up) and k (of topk and batchtopk, None for the SAE's)
     may be set between steps. decoder_norm, k and the rest are the SAE's own configuration; `tokens_since_fired` is
-    counted as in `SAE.loss`. Gradients of parameters (`p.grad`) stay None.
+    counted as in `SAE.loss`. Gradients of parameters (`p.grad`) stay None. On a CUDA device the kernels run, where D is
+    at most 4096, and topk waits for nothing; the codes of the other rules wait for their size.
 
     Raises ConfigError for options that cannot be meant, DataError for a loss that is not finite (on the CPU, where
     asking costs nothing) and for shapes that do not fit.
@@ -109,7 +110,8 @@ class TrainStep:
         waits = lazy or (betas[0] == 0 and not weight_decay)
         self.last = torch.zeros(sae.cfg.d_sae, dtype=torch.int32, device=sae.device) if waits else None
         self.norm = torch.zeros((), dtype=torch.promote_types(sae.dtype, torch.float32), device=sae.device)
-        self.norms = torch.linalg.vector_norm(widened(sae.W_dec.detach()), dim=1)
+        self.norms, self._version = torch.empty(sae.cfg.d_sae, device=sae.device), -1
+        self._weighted = bool(sae.rule.options.get("weighted"))
         self._parts: list[Part] = []
         self._dead: list[Dead] = []
         self._sums: _Sums | None = None
@@ -134,7 +136,7 @@ class TrainStep:
         rows, wanted, _ = sae.prepared(x, target, mask)
         rule = sae.rule
         more = rule.training_options | ({} if self.k is None else {"k": self.k})
-        made = rule.autoencode(rows, wanted, **more)
+        made = rule.autoencode(rows, wanted, **more, whole=True, norms=self._current_norms())
         centred = rows - sae.b_dec if sae.cfg.apply_b_dec_to_input else rows
         out = made.residual.mul_(2)
         self._norms = made.norms if made.norms.numel() else None
@@ -179,6 +181,7 @@ class TrainStep:
         self.steps += 1
         options = AdamOptions(self.lr, *self.betas, self.eps, self.weight_decay, self.steps)
         grad_norm = self._update_rows(options)
+        self._version = _version_of(self.sae)
         self._forget()
         mse, sparsity, aux = sums.mse / n, sums.sparsity / n, sums.aux / n
         return StepMetrics(
@@ -327,7 +330,15 @@ class TrainStep:
             silent = (self.steps - 1 - self.last[at])[:, None]
             self.last[at] = self.steps
         self.w_dec.update(at, made.w_dec, options, unit, silent, generator)
+        if self._weighted:
+            self.norms[at] = torch.linalg.vector_norm(widened(self.sae.W_dec[at]), dim=1).to(self.norms.dtype)
         self.weight.update(at, made.weight, options, False, silent, generator)
+
+    def _current_norms(self) -> Tensor:
+        """‖W_dec[f]‖ as the last update left them; made anew where somebody else has written to W_dec since."""
+        if self._weighted and self._version != _version_of(self.sae):
+            self.norms = torch.linalg.vector_norm(widened(self.sae.W_dec), dim=1)
+        return self.norms
 
     def _factor(self) -> Tensor:
         return (self.clip / (self.norm + 1e-6)).clamp(max=1.0)
@@ -347,6 +358,11 @@ class TrainStep:
 
     def _forget(self) -> None:
         self._parts, self._dead, self._sums, self._norms = [], [], None, None
+
+
+def _version_of(sae: SAE) -> int:
+    """Grows with every operation of torch that writes to W_dec."""
+    return sae.W_dec._version
 
 
 def _check(

@@ -21,8 +21,6 @@ from torch import Tensor
 from fastsae.kernels import weight_grad
 from fastsae.kernels.weight_grad import TOGETHER, WIDEST, Pieces
 
-# Told so, the assembler does not spill a few bytes, as it does left to itself and, in 8 bits, with 168.
-REGISTERS = 224
 QUANTISED = tl.constexpr(256)  # neighbours that share a scale
 
 
@@ -305,8 +303,13 @@ class Adam(NamedTuple):
 
 
 def warps(block_d: int) -> int:
-    """16 elements of a row a thread. With others the assembler spills."""
-    return max(1, min(32, block_d // 512))
+    """8 elements of a row a thread: with 16 the assembler spills in 8 bits, whatever registers it may take."""
+    return max(1, min(16, block_d // 256))
+
+
+def registers(block_d: int) -> int:
+    """That a thread may use: as many as 16 warps can have, or what odd widths need not to spill."""
+    return 128 if warps(block_d) == 16 else 168
 
 
 def row_update(
@@ -339,7 +342,7 @@ def row_update(
         "HAS_NORMS": of_norms is not None, "HAS_EXTRA": extra is not None, "HAS_LAST": last is not None,
         "HAS_SQUARE": square is not None, "UPDATE": update, "STATE": state, "HAS_M": w_dec.m is not None,
         "HAS_COPY": w_dec.copy is not None,
-        "STOCHASTIC": stochastic, "UNIT": unit, "BLOCK_D": block_d, "num_warps": warps(block_d), "maxnreg": REGISTERS,
+        "STOCHASTIC": stochastic, "UNIT": unit, "BLOCK_D": block_d, "num_warps": warps(block_d), "maxnreg": registers(block_d),
     }  # fmt: skip
     with torch.cuda.device_of(x):
         row_update_kernel[(code.pieces.shape[0],)](

@@ -329,3 +329,17 @@ def test_what_cannot_be_stepped_on():
     with pytest.raises(FastSAEError, match="state"):
         other.load_state_dict(TrainStep(make(RULES[0])).state_dict())
     assert fastsae.TrainStep is TrainStep
+
+
+def test_decoder_norms_are_those_of_weights_written_from_outside():
+    ours, theirs = make(RULES[4], dtype="float64"), make(RULES[4], dtype="float64")
+    xs = batches(6, dtype=torch.float64)
+    step = TrainStep(ours, lr=1e-2)
+    optimizer = torch.optim.Adam(theirs.parameters(), lr=1e-2)
+    for i, x in enumerate(xs):
+        if i == 3:
+            with torch.no_grad():
+                ours.W_dec.mul_(2), theirs.W_dec.mul_(2)
+        step(x)
+        by_autograd(theirs, [x], optimizer)
+    same(ours, theirs, rtol=1e-7, atol=1e-8)
