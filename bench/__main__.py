@@ -9,6 +9,8 @@ from importlib.util import find_spec
 
 COMMANDS = {
     "step": "a whole training step on the CPU, beside its encoder product and the naive dense step",
+    "wide": "TrainStep on the CPU against the width of the dictionary: time and memory",
+    "quality": "what small optimizer states cost in explained variance",
     "compile": "compile every kernel for every GPU it is meant for, without a GPU",
     "gpu": "check and time kernels and steps on an NVIDIA GPU",
     "demo": "keep the figures of a finished demo",

@@ -118,7 +118,7 @@ def update_row(
 ):
     """One row g [BLOCK_D] of a gradient, already projected, into its row of w. first, second: 1 − βᵗ. Returns the
     row's new squared norm."""
-    w = read_weight(w_ptr, copy_ptr, f, d, D, HAS_COPY)
+    # Each row is finished before the next is read: what is alive at one time has to fit the registers.
     g = tl.where(d < D, g * tl.load(factor_ptr), 0.0)
     old = tl.exp2(silent * tl.log2(beta2)) if HAS_LAST else 1.0
     if STATE == "rowwise":
@@ -128,6 +128,8 @@ def update_row(
     else:
         v = read_moment(v_ptr, v_scales_ptr, f, d, D, STATE, False)
         v = beta2 * (v * old) + (1 - beta2) * g * g
+        write_moment(v_ptr, v_scales_ptr, v, noise(seed, f, which + 1, d), f, d, D, STATE, False, BLOCK_D)
+    spread = tl.sqrt(v / second) + eps
     m = g
     if HAS_M:
         MOMENT: tl.constexpr = "bf16" if STATE == "rowwise" else STATE
@@ -136,9 +138,7 @@ def update_row(
             m = m * tl.exp2(silent * tl.log2(beta1))
         m = beta1 * m + (1 - beta1) * g
         write_moment(m_ptr, m_scales_ptr, m, noise(seed, f, which, d), f, d, D, MOMENT, True, BLOCK_D)
-    w = w * decay - (lr / first) * m / (tl.sqrt(v / second) + eps)
-    if STATE != "rowwise":
-        write_moment(v_ptr, v_scales_ptr, v, noise(seed, f, which + 1, d), f, d, D, STATE, False, BLOCK_D)
+    w = read_weight(w_ptr, copy_ptr, f, d, D, HAS_COPY) * decay - (lr / first) * m / spread
     w = tl.where(d < D, w, 0.0)
     square = tl.sum(w * w, axis=0)
     if UNIT:
