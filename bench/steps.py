@@ -77,7 +77,7 @@ def _part(shape: Shape, dtype: torch.dtype, device: torch.device, part: str) -> 
     w_dec = torch.randn(shape.F, shape.D, device=device, dtype=dtype).mul_(shape.D**-0.5)
     bias = torch.zeros(shape.F, device=device, dtype=dtype)
 
-    def run(**how: bool) -> weight_grad.ByFeature:
+    def run(**how: Any) -> weight_grad.ByFeature:
         return weight_grad.weight_grad(x, values, indices, None, bias, w_dec, None, 0.0, None, Pull(g), **how)
 
     # A few features against float64.

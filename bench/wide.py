@@ -1,4 +1,4 @@
-"""`python -m bench wide`: TrainStep on the CPU against the width: time, memory, and what autograd and Adam need instead.
+"""`python -m bench wide`: TrainStep on the CPU against the width: time, memory, and what autograd and Adam take.
 
 Each width runs in a process of its own, whose peak of resident memory the system counts; its times are taken in turns
 with the encoder's matrix product and, at few tokens, with backward + torch's fused Adam.

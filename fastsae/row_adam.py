@@ -89,7 +89,7 @@ class RowAdam:
             return False
         if {m.data.dtype, v.data.dtype, g.dtype} != {w.dtype}:
             return False
-        call = torch._fused_adamw_ if options.weight_decay else torch._fused_adam_
+        call = torch.ops.aten._fused_adamw_ if options.weight_decay else torch.ops.aten._fused_adam_
         call([w], [g], [m.data[at]], [v.data[at]], [], [torch.tensor(float(options.t), device=w.device)],
              lr=options.lr, beta1=options.beta1, beta2=options.beta2, weight_decay=options.weight_decay,
              eps=options.eps, amsgrad=False, maximize=False)  # fmt: skip

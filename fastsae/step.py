@@ -268,7 +268,7 @@ class TrainStep:
         self, d_bias: Tensor, d_b_dec: Tensor, d_threshold: Tensor | None, given: Weights
     ) -> dict[str, Tensor]:
         found = {"bias": d_bias, "b_dec": d_b_dec}
-        if d_threshold is not None:
+        if d_threshold is not None and given.threshold is not None:
             found["log_threshold"] = d_threshold * given.threshold  # θ = exp(log_threshold)
         return found
 

@@ -341,8 +341,8 @@ def row_update(
     options = {
         "HAS_NORMS": of_norms is not None, "HAS_EXTRA": extra is not None, "HAS_LAST": last is not None,
         "HAS_SQUARE": square is not None, "UPDATE": update, "STATE": state, "HAS_M": w_dec.m is not None,
-        "HAS_COPY": w_dec.copy is not None,
-        "STOCHASTIC": stochastic, "UNIT": unit, "BLOCK_D": block_d, "num_warps": warps(block_d), "maxnreg": registers(block_d),
+        "HAS_COPY": w_dec.copy is not None, "STOCHASTIC": stochastic, "UNIT": unit, "BLOCK_D": block_d,
+        "num_warps": warps(block_d), "maxnreg": registers(block_d),
     }  # fmt: skip
     with torch.cuda.device_of(x):
         row_update_kernel[(code.pieces.shape[0],)](

@@ -54,7 +54,7 @@ def by_autograd(sae: SAE, xs: list[Tensor], optimizer: Any, clip: float = 0.0) -
     return losses
 
 
-def same(a: SAE, b: SAE, **tolerance: float) -> None:
+def same(a: SAE, b: SAE, **tolerance: Any) -> None:
     for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
         torch.testing.assert_close(p, q, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
 
@@ -133,7 +133,7 @@ def test_rows_that_waited_are_where_dense_adam_has_them(dtype):
         rows.update(at, g, AdamOptions(1e-2, 0.0, 0.999, 1e-8, 0.0, t), False, silent[:, None])
         last[at] = t
     assert longest > 80
-    tight = {"rtol": 1e-10, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-5}
+    tight: Any = {"rtol": 1e-10, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-5}
     torch.testing.assert_close(lazy, dense.detach(), **tight)
 
 
@@ -141,7 +141,8 @@ def test_lazy_is_no_more_than_close():
     exact, lazy = make(RULES[0]), make(RULES[0])
     a, b = TrainStep(exact, lr=1e-3), TrainStep(lazy, lr=1e-3, lazy=True)
     for x in batches(30):
-        a(x), b(x)
+        a(x)
+        b(x)
     gap = (exact.W_dec - lazy.W_dec).norm() / (exact.W_dec - make(RULES[0]).W_dec).norm()
     assert 0 < gap < 0.5
 
@@ -339,7 +340,8 @@ def test_decoder_norms_are_those_of_weights_written_from_outside():
     for i, x in enumerate(xs):
         if i == 3:
             with torch.no_grad():
-                ours.W_dec.mul_(2), theirs.W_dec.mul_(2)
+                ours.W_dec.mul_(2)
+                theirs.W_dec.mul_(2)
         step(x)
         by_autograd(theirs, [x], optimizer)
     same(ours, theirs, rtol=1e-7, atol=1e-8)

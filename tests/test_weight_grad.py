@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -53,7 +55,7 @@ class Case:
         return gradients.of_code(x, d.nan_to_num(), self.indices, self.counts, w, b, v, wide(self.threshold), 0.2,
                                  wide(self.norms), pull, True, False)  # fmt: skip
 
-    def run(self, **how: bool) -> kernel.ByFeature:
+    def run(self, **how: Any) -> kernel.ByFeature:
         return kernel.weight_grad(self.x, self.values, self.indices, self.counts, self.bias, self.w_dec, self.threshold,
                                   0.2, self.norms, self.pull, **how)  # fmt: skip
 
