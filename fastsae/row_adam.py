@@ -44,6 +44,7 @@ class RowAdam:
         shape, device = (weight.shape[0], weight.shape[1]), weight.device
         wide = torch.promote_types(weight.dtype, torch.float32)
         self.weight = weight.detach()
+        self.state: State = state
         self.stochastic = stochastic
         self.copy = None if stochastic or weight.dtype == wide else self.weight.to(wide)
         self.m = first_moment(state, shape, wide, device) if beta1 else None

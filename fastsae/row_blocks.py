@@ -77,7 +77,7 @@ class RowBlocks:
     def of(cls, given: Weights, parts: list[Part], dead: list[Dead], only_touched: bool) -> RowBlocks:
         """only_touched: whether rows without a gradient may be left out, as far as that is known."""
         without = [part for part in parts if not part.has_code and part.rows.shape[0]]
-        joined = _join([part for part in parts if part.has_code])
+        joined = join([part for part in parts if part.has_code])
         code = None
         if joined is not None:
             code = ByFeature.of(
@@ -156,7 +156,7 @@ class RowBlocks:
             whole.index_add_(0, where, part.to(whole.dtype))
 
 
-def _join(parts: list[Part]) -> Part | None:
+def join(parts: list[Part]) -> Part | None:
     """Micro-batches one after the other, as one; None of none."""
     if len(parts) <= 1:
         return parts[0] if parts else None

@@ -12,13 +12,15 @@ Axes: N tokens, F dictionary size, D width, B rows at a time.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from fastsae import auxk
+from fastsae import auxk, fused_rows
 from fastsae.errors import ConfigError, DataError
 from fastsae.gradients import WeightGradients, widened
 from fastsae.moments import Rows, State
@@ -26,6 +28,8 @@ from fastsae.row_adam import AdamOptions, RowAdam, project_
 from fastsae.row_blocks import Dead, Part, RowBlocks, Weights
 from fastsae.sae import SAE, explained
 
+# Through all rows once, with options, and whether the norm is wanted and the update is: `TrainStep._pass`.
+Pass = Callable[..., tuple[dict[str, Tensor], Tensor | None]]
 Master = Literal["fp32", "bf16-sr"]
 ClipBy = Literal["exact", "previous"]
 OPTIMIZERS = ("adam", "adamw")
@@ -104,7 +108,8 @@ class TrainStep:
         self.vectors = {name: RowAdam(p.view(1, -1), "fp32", 1.0, False) for name, p in vectors.items()}
         waits = lazy or (betas[0] == 0 and not weight_decay)
         self.last = torch.zeros(sae.cfg.d_sae, dtype=torch.int32, device=sae.device) if waits else None
-        self.norm = torch.zeros((), device=sae.device)
+        self.norm = torch.zeros((), dtype=torch.promote_types(sae.dtype, torch.float32), device=sae.device)
+        self.norms = torch.linalg.vector_norm(widened(sae.W_dec.detach()), dim=1)
         self._parts: list[Part] = []
         self._dead: list[Dead] = []
         self._sums: _Sums | None = None
@@ -236,45 +241,83 @@ class TrainStep:
         given = Weights(
             sae.encoder.weight, sae.encoder.bias, sae.W_dec, threshold, sae.cfg.bandwidth, self._norms
         )
-        blocks = RowBlocks.of(given, self._parts, self._dead, self.last is not None)
         clips = self.clip > 0
+        passes = self._fused_passes(given) if fused_rows.fits(given, self._parts, sae.cfg.backend) else None
+        run = passes or self._torch_passes(given)
         if clips and self.clip_by == "previous":
             options = options._replace(factor=self._factor() if self.steps > 1 else None)
         if clips and self.clip_by == "exact":
-            self._pass(blocks, given, options, update=False)
+            self._keep_norm(*run(options, wants_norm=True, update=False))
             options = options._replace(factor=self._factor())
-        self._pass(blocks, given, options, update=True)
+        vectors, square = run(options, wants_norm=clips and self.clip_by == "previous", update=True)
+        if square is not None:
+            self._keep_norm(vectors, square)
+        for name, g in vectors.items():
+            self.vectors[name].update(slice(None), widened(g).view(1, -1), options, False)
         return self.norm.clone() if clips else None
 
-    def _pass(self, blocks: RowBlocks, given: Weights, options: AdamOptions, update: bool) -> None:
-        """Through all rows once: their norm, if there is a limit, and their update, if asked for."""
+    def _keep_norm(self, vectors: dict[str, Tensor], square: Tensor | None) -> None:
+        """square: of the gradients of both matrices."""
+        assert square is not None
+        self.norm.copy_((square + sum(widened(g).square().sum() for g in vectors.values())).sqrt())
+
+    def _vectors(
+        self, d_bias: Tensor, d_b_dec: Tensor, d_threshold: Tensor | None, given: Weights
+    ) -> dict[str, Tensor]:
+        found = {"bias": d_bias, "b_dec": d_b_dec}
+        if d_threshold is not None:
+            found["log_threshold"] = d_threshold * given.threshold  # θ = exp(log_threshold)
+        return found
+
+    def _of_output(self) -> Tensor:
+        """dL/d b_dec [D], of the decoder's end alone."""
+        return sum((widened(part.out.sum(0)) for part in self._parts), widened(torch.zeros_like(self.sae.b_dec)))
+
+    def _fused_passes(self, given: Weights) -> Pass:
+        """By the kernels."""
         sae, unit = self.sae, self.sae.cfg.decoder_norm == "unit"
-        generator = self._generator()
+        rows = fused_rows.FusedRows(given, self._parts, self._dead, self.last)
+        d_b_dec = self._of_output()
+        if sae.cfg.apply_b_dec_to_input:
+            d_b_dec -= rows.d_bias @ given.weight
+        vectors = self._vectors(rows.d_bias, d_b_dec, rows.d_threshold, given)
+
+        def run(options: AdamOptions, wants_norm: bool, update: bool) -> tuple[dict[str, Tensor], Tensor | None]:
+            square = torch.zeros(sae.cfg.d_sae, device=sae.device) if wants_norm else None
+            seed = (self.seed * 1_000_003 + self.steps) % 2**31
+            rows.run((self.w_dec, self.weight), options, unit, seed, self.norms, square, update)
+            return vectors, None if square is None else square.sum()
+
+        return run
+
+    def _torch_passes(self, given: Weights) -> Pass:
+        """By torch operations."""
+        blocks = RowBlocks.of(given, self._parts, self._dead, self.last is not None)
+        return partial(self._pass, blocks, given)
+
+    def _pass(
+        self, blocks: RowBlocks, given: Weights, options: AdamOptions, wants_norm: bool, update: bool
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Through all rows once: gradients of the vectors, the squared norm of those of the matrices if wanted, and the
+        update of these, if asked for."""
+        unit, generator = self.sae.cfg.decoder_norm == "unit", self._generator()
         d_bias = torch.zeros_like(given.bias)
         d_threshold = None if given.threshold is None else torch.zeros_like(given.threshold)
-        d_b_dec = sum((part.out.sum(0) for part in self._parts), torch.zeros_like(sae.b_dec))
-        counts_norm = self.clip > 0 and (not update or self.clip_by == "previous")
-        square = torch.zeros((), device=sae.device)
+        d_b_dec = self._of_output()
+        square = torch.zeros_like(self.norm) if wants_norm else None
         for at, made in blocks:
             d_bias[at] = made.bias
             if d_threshold is not None and made.threshold is not None:
                 d_threshold[at] = made.threshold
-            if sae.cfg.apply_b_dec_to_input:
+            if self.sae.cfg.apply_b_dec_to_input:
                 d_b_dec -= made.bias @ given.weight[at]
             if unit:
                 project_(made.w_dec, self.w_dec.rows(at))
-            if counts_norm:
+            if square is not None:
                 square += made.w_dec.square().sum() + made.weight.square().sum()
             if update:
                 self._update(at, made, options, unit, generator)
-        vectors = {"bias": d_bias, "b_dec": d_b_dec}
-        if d_threshold is not None:
-            vectors["log_threshold"] = d_threshold * given.threshold  # θ = exp(log_threshold)
-        if counts_norm:
-            self.norm.copy_((square + sum(widened(g).square().sum() for g in vectors.values())).sqrt())
-        if update:
-            for name, g in vectors.items():
-                self.vectors[name].update(slice(None), widened(g).view(1, -1), options, False)
+        return self._vectors(d_bias, d_b_dec, d_threshold, given), square
 
     def _update(
         self, at: Rows, made: WeightGradients, options: AdamOptions, unit: bool, generator: torch.Generator | None

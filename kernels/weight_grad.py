@@ -37,15 +37,21 @@ DOTS_K, DOTS_D, DOTS_WARPS = 16, 256, 4
 def finish_row(
     acc_w, acc_weight, sum_bias, sum_theta, sum_l1, f, out, d, first, D,
     w_ptr, norms_ptr, d_w_ptr, d_weight_ptr, d_bias_ptr, d_theta_ptr,
-    stride_wf, HAS_NORMS: tl.constexpr, HAS_THETA: tl.constexpr,
+    stride_wf, HAS_NORMS: tl.constexpr, HAS_THETA: tl.constexpr, HAS_ROWS: tl.constexpr,
 ):
-    """Adds the gradient of ‖w_dec[f]‖ and writes row `out` of all gradients."""
+    """Adds the gradient of ‖w_dec[f]‖ and writes row `out` of all gradients; without rows, the factor of w_dec[f] in
+    that gradient to d_w [F]."""
     if HAS_NORMS:
         norm = tl.load(norms_ptr + f).to(tl.float32)
-        w = tl.load(w_ptr + f * stride_wf + d, mask=d < D, other=0.0).to(tl.float32)
-        acc_w += tl.where(norm > 0, sum_l1 / norm, 0.0) * w
-    tl.store(d_w_ptr + out * D + d, acc_w.to(d_w_ptr.dtype.element_ty), mask=d < D)
-    tl.store(d_weight_ptr + out * D + d, acc_weight.to(d_weight_ptr.dtype.element_ty), mask=d < D)
+        of_norm = tl.where(norm > 0, sum_l1 / norm, 0.0)
+        if HAS_ROWS:
+            w = tl.load(w_ptr + f * stride_wf + d, mask=d < D, other=0.0).to(tl.float32)
+            acc_w += of_norm * w
+        else:
+            tl.store(d_w_ptr + out, of_norm, mask=first)
+    if HAS_ROWS:
+        tl.store(d_w_ptr + out * D + d, acc_w.to(d_w_ptr.dtype.element_ty), mask=d < D)
+        tl.store(d_weight_ptr + out * D + d, acc_weight.to(d_weight_ptr.dtype.element_ty), mask=d < D)
     tl.store(d_bias_ptr + out, sum_bias, mask=first)
     if HAS_THETA:
         tl.store(d_theta_ptr + out, sum_theta, mask=first)
@@ -61,7 +67,8 @@ def weight_grad_kernel(
     F, K, D, bandwidth,
     stride_gn, stride_xn, stride_wf,
     HAS_DOTS: tl.constexpr, HAS_D_VALUES: tl.constexpr, HAS_L1: tl.constexpr, HAS_L0: tl.constexpr,
-    HAS_NORMS: tl.constexpr, HAS_THETA: tl.constexpr, TOGETHER: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_NORMS: tl.constexpr, HAS_THETA: tl.constexpr, HAS_ROWS: tl.constexpr,
+    TOGETHER: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     piece = pieces_ptr + tl.program_id(0).to(tl.int64) * 5
     f = tl.load(piece)
@@ -80,7 +87,8 @@ def weight_grad_kernel(
             n = entry // K
             value = tl.load(values_ptr + entry, mask=at < stop, other=0.0).to(tl.float32)  # 0 adds nothing
             inside = d[None, :] < tl.where(at < stop, D, 0)[:, None]
-            g = tl.load(g_ptr + n[:, None] * stride_gn + d[None, :], mask=inside, other=0.0).to(tl.float32)
+            if HAS_ROWS:
+                g = tl.load(g_ptr + n[:, None] * stride_gn + d[None, :], mask=inside, other=0.0).to(tl.float32)
             if HAS_DOTS:
                 d_value = tl.load(dots_ptr + entry, mask=at < stop, other=0.0)
             else:
@@ -104,17 +112,19 @@ def weight_grad_kernel(
             d_pre = tl.where(value > 0, d_value, 0.0)
             tl.store(d_pre_ptr + entry, d_pre, mask=at < tl.where(first, stop, 0))
             sum_bias += tl.sum(d_pre, axis=0)
-            x = tl.load(x_ptr + n[:, None] * stride_xn + d[None, :], mask=inside, other=0.0).to(tl.float32)
-            acc_w += tl.sum(value[:, None] * g, axis=0)
-            acc_weight += tl.sum(d_pre[:, None] * x, axis=0)
+            if HAS_ROWS:
+                x = tl.load(x_ptr + n[:, None] * stride_xn + d[None, :], mask=inside, other=0.0).to(tl.float32)
+                acc_w += tl.sum(value[:, None] * g, axis=0)
+                acc_weight += tl.sum(d_pre[:, None] * x, axis=0)
             i += TOGETHER
         if slot < 0:
             finish_row(acc_w, acc_weight, sum_bias, sum_theta, sum_l1, f, tl.load(piece + 1), d, first, D,
                        w_ptr, norms_ptr, d_w_ptr, d_weight_ptr, d_bias_ptr, d_theta_ptr,
-                       stride_wf, HAS_NORMS, HAS_THETA)
+                       stride_wf, HAS_NORMS, HAS_THETA, HAS_ROWS)
         else:
-            tl.store(partial_ptr + slot * 2 * D + d, acc_w, mask=d < D)
-            tl.store(partial_ptr + (slot * 2 + 1) * D + d, acc_weight, mask=d < D)
+            if HAS_ROWS:
+                tl.store(partial_ptr + slot * 2 * D + d, acc_w, mask=d < D)
+                tl.store(partial_ptr + (slot * 2 + 1) * D + d, acc_weight, mask=d < D)
             tl.store(scalars_ptr + slot * 3, sum_bias, mask=first)
             tl.store(scalars_ptr + slot * 3 + 1, sum_theta, mask=first)
             tl.store(scalars_ptr + slot * 3 + 2, sum_l1, mask=first)
@@ -125,7 +135,7 @@ def reduce_kernel(
     split_ptr, partial_ptr, scalars_ptr,  # [Q, 4]: feature, row of the output, first slot, slots; as above
     w_ptr, norms_ptr, d_w_ptr, d_weight_ptr, d_bias_ptr, d_theta_ptr,  # as above
     D, stride_wf,
-    HAS_NORMS: tl.constexpr, HAS_THETA: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_NORMS: tl.constexpr, HAS_THETA: tl.constexpr, HAS_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     split = split_ptr + tl.program_id(0).to(tl.int64) * 4
     slots = tl.load(split + 3)
@@ -137,15 +147,16 @@ def reduce_kernel(
         sum_bias, sum_theta, sum_l1 = 0.0, 0.0, 0.0
         stop = slot + slots
         while slot < stop:
-            acc_w += tl.load(partial_ptr + slot * 2 * D + d, mask=d < D, other=0.0)
-            acc_weight += tl.load(partial_ptr + (slot * 2 + 1) * D + d, mask=d < D, other=0.0)
+            if HAS_ROWS:
+                acc_w += tl.load(partial_ptr + slot * 2 * D + d, mask=d < D, other=0.0)
+                acc_weight += tl.load(partial_ptr + (slot * 2 + 1) * D + d, mask=d < D, other=0.0)
             sum_bias += tl.load(scalars_ptr + slot * 3)
             sum_theta += tl.load(scalars_ptr + slot * 3 + 1)
             sum_l1 += tl.load(scalars_ptr + slot * 3 + 2)
             slot += 1
         finish_row(acc_w, acc_weight, sum_bias, sum_theta, sum_l1, tl.load(split), tl.load(split + 1), d,
                    tl.program_id(1) == 0, D, w_ptr, norms_ptr, d_w_ptr, d_weight_ptr, d_bias_ptr, d_theta_ptr,
-                   stride_wf, HAS_NORMS, HAS_THETA)
+                   stride_wf, HAS_NORMS, HAS_THETA, HAS_ROWS)
 
 
 @triton.jit
@@ -196,10 +207,13 @@ class Pieces(NamedTuple):
     features: Tensor
 
 
-def by_feature(indices: Tensor, counts: Tensor | None, F: int, rows: bool = False) -> Pieces:
+def by_feature(
+    indices: Tensor, counts: Tensor | None, F: int, rows: bool = False, also: Tensor | None = None
+) -> Pieces:
     """Sorts a code [N, K] by feature and cuts it into pieces of at most SPLIT tokens. Does not wait for the device.
 
-    rows: whether only features that fired have a row of the gradients, U = min(M, F) of them; else all F, in order.
+    rows: whether only features that fired have a row of the gradients, and those among also [S] int64, U = min(M + S,
+    F) of them; else all F, in order.
     """
     (N, K), device = indices.shape, indices.device
     M = N * K
@@ -210,9 +224,11 @@ def by_feature(indices: Tensor, counts: Tensor | None, F: int, rows: bool = Fals
     offsets = torch.searchsorted(feature, torch.arange(F + 1, device=device, dtype=torch.int32))
     length = offsets.diff()  # [F]
     number = ((length + SPLIT - 1) // SPLIT).clamp_min(0 if rows else 1)
+    if also is not None:
+        number[also] = number[also].clamp_min(1)
     last = number.cumsum(0)
     out = (number > 0).cumsum(0) - 1 if rows else torch.arange(F, device=device)
-    U = min(M, F) if rows else F
+    U = min(M + (0 if also is None else also.numel()), F) if rows else F
     features = torch.full((U + 1,), F, device=device)
     features = features.scatter_(0, torch.where(number > 0, out, U), torch.arange(F, device=device))[:U]
     # As many pieces as there can be: what is beyond the last is marked with feature F.
@@ -241,35 +257,37 @@ def warps(block_d: int, share: int) -> int:
 
 
 class ByFeature(NamedTuple):
-    """What one pass makes: the gradients, and d_pre [N, K], written in used slots."""
+    """What one pass makes: the gradients, d_pre [N, K], written in used slots, and the code by feature."""
 
     made: WeightGradients
     d_pre: Tensor
+    code: Pieces
 
 
 def weight_grad(
     rows: Tensor, values: Tensor, indices: Tensor, counts: Tensor | None, bias: Tensor, w_dec: Tensor,
     threshold: Tensor | None, bandwidth: float, norms: Tensor | None, pull: Pull, compact: bool = False,
-    with_dots: bool | None = None,
+    with_dots: bool | None = None, with_rows: bool = True, also: Tensor | None = None,
 ) -> ByFeature:  # fmt: skip
     """The gradients of `gradients.of_code`, from rows = x − centre [N, D]; in the parameters' dtypes, summed in fp32.
 
-    compact: whether only features that fired have rows (`by_feature`), which need not be a dense gradient.
-    with_dots: whether the dots are made first, which they are for widths beyond WIDEST.
+    compact: whether only features that fired, and those of also, have rows (`by_feature`), which need not be dense.
+    with_dots: whether the dots are made first, which they are for widths beyond WIDEST. with_rows: without, w_dec and
+    weight are not made, and w_dec is [F], what the rows of w_dec are multiplied with in the gradient of their norms.
     Reads 2·M·D + F·D elements and writes 2·F·D; with the dots first it reads 3·M·D.
     """
     (N, K), (F, D) = indices.shape, w_dec.shape
-    with_dots = D > WIDEST if with_dots is None else with_dots
-    code = by_feature(indices, counts, F, compact)
+    with_dots = (D > WIDEST or not with_rows) if with_dots is None else with_dots
+    code = by_feature(indices, counts, F, compact, also)
     U, block_d = code.features.numel(), max(triton.next_power_of_2(D), 16)
-    block_d = min(block_d, SLICE) if with_dots else block_d
-    slices = triton.cdiv(D, block_d)
-    d_w, d_weight = w_dec.new_empty(U, D), w_dec.new_empty(U, D)
+    block_d = 16 if not with_rows else min(block_d, SLICE) if with_dots else block_d
+    slices = triton.cdiv(D, block_d) if with_rows else 1
+    d_w, d_weight = (w_dec.new_empty(U, D) for _ in range(2)) if with_rows else (bias.new_zeros(U), bias.new_empty(0))
     d_bias = bias.new_empty(U)
     d_theta = None if threshold is None else threshold.new_empty(U)
     d_pre = torch.empty(N, K, dtype=torch.float32, device=rows.device)
     slots = 2 * (N * K // SPLIT)
-    partial = torch.empty(max(slots, 1), 2, D, dtype=torch.float32, device=rows.device)
+    partial = torch.empty(max(slots, 1), 2, D if with_rows else 0, dtype=torch.float32, device=rows.device)
     scalars = torch.empty(max(slots, 1), 3, dtype=torch.float32, device=rows.device)
     if compact:  # rows that belong to no feature
         d_bias.zero_()
@@ -280,7 +298,7 @@ def weight_grad(
     d_values, l1, l0, norm, theta = of
     outputs = d_w, d_weight, d_bias, none if d_theta is None else d_theta
     of_norms = norms is not None and pull.l1 is not None
-    options = {"HAS_NORMS": of_norms, "HAS_THETA": threshold is not None, "BLOCK_D": block_d}
+    options = {"HAS_NORMS": of_norms, "HAS_THETA": threshold is not None, "HAS_ROWS": with_rows, "BLOCK_D": block_d}
     with torch.cuda.device_of(rows):
         weight_grad_kernel[(code.pieces.shape[0], slices)](
             code.pieces, code.order, values.contiguous(), d_values, none if first is None else first, g, x, w,
@@ -296,7 +314,7 @@ def weight_grad(
                 code.split, partial, scalars, w, norm, *outputs, D, w.stride(0), num_warps=warps(block_d, 8), **options
             )
     features = code.features if compact else None
-    return ByFeature(WeightGradients(d_w, d_weight, d_bias, d_theta, features), d_pre)
+    return ByFeature(WeightGradients(d_w, d_weight, d_bias, d_theta, features), d_pre, code)
 
 
 def of_code(
