@@ -11,6 +11,7 @@ COMMANDS = {
     "step": "a whole training step on the CPU, beside its encoder product and the naive dense step",
     "compile": "compile every kernel for every GPU it is meant for, without a GPU",
     "gpu": "check and time kernels and steps on an NVIDIA GPU",
+    "memory": "the peak memory of training runs on the CPU, beside what fastsae.estimate says",
     "demo": "keep the figures of a finished demo",
     "readme": "write the tables of README.md from bench/results",
     "all": "step and compile, and gpu where there is one",

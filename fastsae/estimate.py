@@ -40,7 +40,8 @@ __all__ = ["Estimate", "Switch", "check_fits", "estimate"]
 LEAST_BATCH = 256
 # A random number on the CPU, where torch draws them one by one; on a GPU they cost nothing beside memory. Measured.
 RANDOM_SECONDS = 4e-9
-# Operations of Python's loop over blocks of rows, by how the moments are kept: counted.
+# Operations of a step beside, and of each block of rows, by how the moments are kept: about.
+STEP_OPERATIONS = 200
 OPERATIONS = {"fp32": 40, "bf16": 80, "8bit": 140, "rowwise": 70}
 DAY = 86_400
 
@@ -280,7 +281,8 @@ def step_time(config: TrainConfig, machine: Machine, found: Footprint) -> dict[s
     time |= {name: count / machine.bandwidth for name, count in traffic.items()}
     if machine.kind == "cpu":
         time["optimizer"] += randoms(config) * RANDOM_SECONDS
-    time["launches"] = passes * blocks_of(config) * OPERATIONS[config.state] * machine.launch
+    operations = STEP_OPERATIONS + passes * blocks_of(config, machine.kind) * OPERATIONS[config.state]
+    time["launches"] = operations * machine.launch
     return time
 
 

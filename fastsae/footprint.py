@@ -21,10 +21,13 @@ from fastsae.row_blocks import BLOCK_ELEMENTS
 
 SIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 LONG = 8  # bytes of an int64
-# Memory of the process that is not in tensors: buffers in which the matrix library packs its operands, stacks of
-# threads, and what malloc holds back in pieces. Measured as peak RSS less the allocator's own count, over the configs of
-# `python -m bench memory`: 7 to 21 MB on the CPU. On a GPU cuBLAS has a workspace, 32 MiB on sm_90.
-OUTSIDE = {"cpu": 14_000_000, "cuda": 32 * 2**20}
+# Memory that is not in tensors. On the CPU buffers in which the matrix library packs its operands, and stacks of
+# threads: measured as peak RSS less the allocator's own count. On a GPU cuBLAS's workspace, 32 MiB on sm_90.
+OUTSIDE = {"cpu": 5_000_000, "cuda": 32 * 2**20}
+# What a heap takes in which blocks of 2 MiB are made and freed in turn, over what is alive in it: measured, 1.7 to 2.2
+# with glibc (1.0 if it is told to map each block, which takes longer). Torch's allocator on GPUs is asked for what is
+# alive, as max_memory_allocated is.
+HEAP = {"cpu": 2.0, "cuda": 1.0}
 
 
 class Resident(NamedTuple):
@@ -37,12 +40,14 @@ class Resident(NamedTuple):
 
 
 class Phase(NamedTuple):
-    """Bytes that a phase of the step adds: rows of the batch in some form, the code in some form, and the rest."""
+    """Bytes that a phase of the step adds: rows of the batch in some form, the code in some form, and the rest; lost:
+    of that, what the heap loses between tensors."""
 
     name: str
     batch: int
     codes: int
     workspace: int
+    lost: int = 0
 
     @property
     def total(self) -> int:
@@ -52,7 +57,8 @@ class Phase(NamedTuple):
 @dataclass(frozen=True)
 class Footprint:
     """making: the peak while the initial weights are drawn, before there is any state. host: what that takes of the
-    host's memory where the weights live on a GPU. dense: whether the first steps make all latents, for want of a code
+    host's memory where the weights live on a GPU. allocated: the most that is in tensors at one time, which is less by
+    what the heap loses and by what is in none. dense: whether the first steps make all latents, for want of a code
     that fits into slots."""
 
     resident: Resident
@@ -60,6 +66,7 @@ class Footprint:
     making: int
     host: int
     outside: int
+    allocated: int
     dense: bool
 
     @property
@@ -74,11 +81,15 @@ class Footprint:
 def footprint(config: TrainConfig, kind: str = "cpu") -> Footprint:
     """config: complete (d_in, d_sae). kind: cpu or cuda."""
     sizes = _Sizes.of(config, kind)
-    phases = [sizes.encoder(), sizes.decode(), sizes.after(), sizes.by_feature(), sizes.blocks()]
+    phases = [sizes.encoder(), sizes.decode(), sizes.after()]
+    phases += [sizes.pieces(), sizes.fused()] if sizes.fuses else [sizes.by_feature(), sizes.blocks()]
     stays = resident(config)
     making, host = _making(config, stays.parameters + stays.buffers, kind)
     phase = max(phases, key=lambda p: p.total)
-    return Footprint(stays, phase, making, host, OUTSIDE[kind], sizes.dense)
+    tensors = max(p.total - p.lost for p in phases) + sum(stays)
+    if kind == "cpu":  # pages that are not written to yet are allocated all the same
+        tensors = max(tensors, making, stays.parameters + stays.buffers + 4 * sizes.F * sizes.D)
+    return Footprint(stays, phase, making, host, OUTSIDE[kind], tensors, sizes.dense)
 
 
 def _making(config: TrainConfig, weights: int, kind: str) -> tuple[int, int]:
@@ -89,11 +100,11 @@ def _making(config: TrainConfig, weights: int, kind: str) -> tuple[int, int]:
     rows = max(3 * START_ROWS, 2 * STATISTICS_ROWS if config.normalise == "centre" else 0)
     sample = weights + 4 * rows * D
     drawn = 4 * matrix  # in fp32, on the host
-    if kind == "cuda":  # converted there, too
-        return sample, drawn + (0 if e == 4 else e * matrix)
     # Pages of a tensor come into being when it is first written to: W_dec from what was drawn, then with
     # init_encoder="random" the encoder's from a second draw, else from W_dec, when what was drawn is gone.
     written = e * matrix * (2 if config.init_encoder == "random" else 1)
+    if kind == "cuda":  # recipe.start makes the SAE on the host and moves it
+        return sample, drawn + written
     return max(sample, drawn + written), 0
 
 
@@ -106,7 +117,8 @@ def resident(config: TrainConfig) -> Resident:
     master = 0 if e >= 4 else w * vectors + (0 if config.master == "bf16-sr" else 2 * w * F * D)
     whole = {"fp32": w * D, "bf16": 2 * D, "8bit": D + 4 * -(-D // QUANTISED), "rowwise": 4}[config.state]
     first = whole if config.state != "rowwise" else 2 * D
-    state = 2 * F * (whole + (first if config.beta1 else 0)) + 2 * w * vectors + 4  # the last: the norm
+    # Of vectors always both moments in fp32; then the norm of all gradients, and norms of the decoder's rows.
+    state = 2 * F * (whole + (first if config.beta1 else 0)) + 2 * w * vectors + w + w * F
     if waits(config):
         state += 4 * F
     return Resident(e * (2 * F * D + vectors), buffers, master, state)
@@ -165,6 +177,11 @@ class _Sizes:
         """Whether Triton's kernels make the code."""
         return self.index == 4
 
+    @property
+    def fuses(self) -> bool:
+        """Whether a kernel updates the rows, as fused_rows.fits decides, and not blocks of them in torch operations."""
+        return self.kernels and not self.dense and self.D <= 4096
+
     @classmethod
     def of(cls, config: TrainConfig, kind: str) -> _Sizes:
         e = SIZES[config.dtype]
@@ -204,13 +221,14 @@ class _Sizes:
     # --- forward ----------------------------------------------------------------------------------------------------
 
     def encoder(self) -> Phase:
-        """x − b_dec, and what selection makes."""
-        batch = self.given + self.rows + self.F * self.w * (3 if self.config.activation == "jumprelu" else 1)
+        """x − b_dec, and what selection makes; of vectors the bias in fp32 or norms, and for JumpReLU thresholds."""
+        batch = self.given + self.rows
+        vectors = self.F * self.w * (3 if self.config.activation == "jumprelu" else 1)
         if self.kernels:
-            return Phase("encoder", batch, self.code, self._groups())
+            return Phase("encoder", batch, self.code, vectors + self._groups())
         chosen = {"topk": self._topk, "batchtopk": self._batchtopk}.get(self.config.activation, self._above)
         codes, workspace = chosen()
-        return Phase("encoder", batch, codes, workspace)
+        return Phase("encoder", batch, codes, vectors + workspace)
 
     def _groups(self) -> int:
         """The kernels: best and place of r entries of every group (kernels/encode.py, 5 r N F / 32 bytes), then slots
@@ -241,12 +259,12 @@ class _Sizes:
     def _above(self) -> tuple[int, int]:
         """cpu.encode_relu: entries of all chunks, then once more in one piece, sorted."""
         R, C = cpu.by_columns(self.N, self.F)
-        chunk = self._chunk(R, C)
-        if self.dense:  # given up after the first chunk, of which half is above 0
-            return 0, chunk + R * C // 2 * (4 * LONG + self.e) + R * C * (self.e + 1 + LONG // 4)
-        entry = 2 * LONG + self.e
-        sorting = self.M * (2 * entry + 4 + 4 + 2 * LONG + LONG)
-        return 0, chunk + max(self._candidates(self.M * C / self.F) + self.M * entry, sorting)
+        chunk, entry = self._chunk(R, C), 2 * LONG + self.e
+        if self.dense:  # half of each chunk is above 0, and it is given up when a row has more than max_active
+            held = R * self.config.max_active * entry
+            return 0, chunk + held + R * C // 2 * (4 * LONG + self.e) + R * C * (self.e + 1 + LONG // 4)
+        sorting = self.M * (2 * entry + 4 * LONG)  # codes.pack_rows: four lists of places
+        return self.code, chunk + max(self._candidates(self.M * C / self.F) + self.M * entry, sorting)
 
     def _batchtopk(self) -> tuple[int, int]:
         """cpu.encode_batchtopk: up to twice as many entries as are kept, in pieces and in one."""
@@ -287,29 +305,53 @@ class _Sizes:
         given = 4 * self.N * self.D + (self.rows if self._centred else self.given - 4 * self.N * self.D)
         return given + self.rows * (2 if _has_aux(self.config) else 1)
 
+    def pieces(self) -> Phase:
+        """kernels/weight_grad.by_feature: the sort, and tables of int64 over pieces (five columns, twice, and what they
+        are made of) and features."""
+        pieces = self._touched + self.M // 256
+        codes = self.code + self.N * self.K * (4 + 3 * LONG + 3 * 4)
+        return Phase("backward", self._kept, codes, LONG * (21 * pieces + 12 * self.F))
+
+    def fused(self) -> Phase:
+        """kernels/row_update: the tables, dL/df and dL/dpre [N, K], and sums of features that are split."""
+        pieces = self._touched + self.M // 256
+        codes = self.code + self.N * self.K * (LONG + 2 * 4)
+        sums = self.M // 256 * (2 * 2 * self.D * 4 + 4 * LONG)
+        return Phase("update", self._kept, codes, LONG * (5 * pieces + self._touched) + sums + 5 * self.w * self.F)
+
+    @property
+    def _touched(self) -> int:
+        return min(self.M, self.F) if waits(self.config) else self.F
+
     def by_feature(self) -> Phase:
-        """gradients.ByFeature.of: the used slots in 32 bits, sorted, and where they were; then feature, token and slot in
-        64; and vectors over F: how often, summed up, padded."""
+        """gradients.ByFeature.of: the used slots in 32 bits, sorted, and where they were; then feature, token and slot
+        in 64; and vectors over F: how often, summed up, padded."""
         sorting = self.M * (4 + 4 + 3 * LONG)
         return Phase("backward", self._kept, self.code + sorting, 3 * LONG * self.F)
 
     @property
     def _sorted(self) -> int:
         """What ByFeature keeps: feature, token, slot, value and dL/dpre of the used slots, and offsets."""
-        slot = 0 if self.config.activation == "topk" else LONG  # a full code needs no list of slots beside the order
-        return self.M * (2 * LONG + LONG + 2 * self.e) + slot * 0 + LONG * self.F
+        return self.M * (3 * LONG + 2 * self.e) + LONG * self.F
 
     def blocks(self) -> Phase:
         """RowBlocks and RowAdam: rows and residual in fp32, sums over F, and a block's gradients and moments."""
         vectors = self.F * self.w * (5 if self.config.activation == "jumprelu" else 3)
         vectors += self.F * (4 * LONG) if waits(self.config) else 0
-        return Phase("update", self._kept + 2 * self.widened, self.code + self._sorted, vectors + self._block())
+        block = self._block()
+        lost = int((HEAP[self.kind] - 1) * block)
+        return Phase("update", self._kept + 2 * self.widened, self.code + self._sorted, vectors + block + lost, lost)
 
-    def _block(self) -> int:
+    @property
+    def block_rows(self) -> int:
+        """B, as RowBlocks chooses it."""
         size = max(64, BLOCK_ELEMENTS // self.D)
         if self.dense:
             size = min(size, max(64, cpu.CHUNK_ELEMENTS // self.N))
-        size = min(size, self.F)
+        return min(size, self.F)
+
+    def _block(self) -> int:
+        size = self.block_rows
         # The next block's two gradients are made while the last one's are there.
         block = size * self.D * self.w * max(4.0, 2.0 + self._moments())
         if self.dense:
@@ -334,9 +376,10 @@ class _Sizes:
         return copied + first + made
 
 
-def blocks_of(config: TrainConfig) -> int:
-    """Blocks of rows that an update goes through."""
-    return -(-config.d_sae // max(64, BLOCK_ELEMENTS // config.d_in))
+def blocks_of(config: TrainConfig, kind: str) -> int:
+    """Blocks of rows that an update goes through; none where a kernel does it in one."""
+    sizes = _Sizes.of(config, kind)
+    return 0 if sizes.fuses else -(-sizes.F // sizes.block_rows)
 
 
 def randoms(config: TrainConfig) -> int:

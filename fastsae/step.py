@@ -109,7 +109,9 @@ class TrainStep:
         waits = lazy or (betas[0] == 0 and not weight_decay)
         self.last = torch.zeros(sae.cfg.d_sae, dtype=torch.int32, device=sae.device) if waits else None
         self.norm = torch.zeros((), dtype=torch.promote_types(sae.dtype, torch.float32), device=sae.device)
-        self.norms = torch.linalg.vector_norm(widened(sae.W_dec.detach()), dim=1)
+        # Some rows at a time: of a dictionary in half precision the whole in fp32 would be more than all its state.
+        rows = sae.W_dec.detach().split(max(1, 2**20 // sae.cfg.d_in))
+        self.norms = torch.cat([torch.linalg.vector_norm(widened(part), dim=1) for part in rows])
         self._parts: list[Part] = []
         self._dead: list[Dead] = []
         self._sums: _Sums | None = None
