@@ -37,6 +37,7 @@ def shipped() -> Iterator[Shipped]:
     yield from _repair_and_exact()
     yield from _weight_grad()
     yield from _dense_rows()
+    yield from _batch_cut()
 
 
 def _types(pointers: dict[str, str], sizes: str, strides: str) -> dict[str, str]:
@@ -237,19 +238,21 @@ def _weight_grad() -> Iterator[Shipped]:
 def _dense_rows() -> Iterator[Shipped]:
     from fastsae.kernels import dense_rows
 
-    kinds = {"": (), " L1": ("HAS_L1", "HAS_NORMS"), " JumpReLU": ("HAS_L0", "HAS_THETA")}
+    kinds = {"": (), " L1": ("HAS_L1", "HAS_NORMS"), " JumpReLU": ("HAS_L0", "HAS_THETA"),
+             " BatchTopK": ("HAS_CUT",)}  # fmt: skip
     blocks = {"BLOCK_N": dense_rows.BLOCK_N, "BLOCK_F": dense_rows.BLOCK_F, "BLOCK_D": dense_rows.BLOCK_D,
               "SLICE": dense_rows.SLICE}  # fmt: skip
     for (name, (_, precision)), kind, odd in itertools.product(INPUTS.items(), kinds, (False, True)):
         own = _operands(name)["x_ptr"]
-        has = {flag: flag in kinds[kind] for flag in ("HAS_THETA", "HAS_NORMS")}
+        has = {flag: flag in kinds[kind] for flag in ("HAS_THETA", "HAS_CUT", "HAS_NORMS")}
         pulls = {flag: flag in kinds[kind] for flag in ("HAS_L1", "HAS_L0")}
         theta, norms, l1, l0 = (
             kind_of if {**has, **pulls}[flag] else "*i32"
             for flag, kind_of in (("HAS_THETA", own), ("HAS_NORMS", own), ("HAS_L1", "*fp32"), ("HAS_L0", "*fp32"))
         )
         common = {"list_ptr": "*i32", "n_list_ptr": "*i32", "x_ptr": own, "w_ptr": own, "bias_ptr": own,
-                  "theta_ptr": theta, "w_dec_ptr": own, "norms_ptr": norms}  # fmt: skip
+                  "theta_ptr": theta, "cut_ptr": "*i64" if has["HAS_CUT"] else "*i32", "w_dec_ptr": own,
+                  "norms_ptr": norms}  # fmt: skip
         forward = common | {"b_dec_ptr": own, "target_ptr": own, "out_ptr": own, "residual_ptr": own, "l1_ptr": "*fp32",
                             "l0_ptr": "*fp32", "fired_ptr": "*i32"}  # fmt: skip
         backward = common | {"g_ptr": own, "l1_ptr": l1, "l0_ptr": l0}
@@ -269,3 +272,35 @@ def _dense_rows() -> Iterator[Shipped]:
                 (*pointers, *(() if odd else strides.split())), dense_rows.warps(precision, name in ("bf16", "fp16")),
                 dense_rows.NUM_STAGES, maxnreg=dense_rows.REGISTERS,
             )
+
+
+def _batch_cut() -> Iterator[Shipped]:
+    from fastsae.kernels import batch_cut, dense_rows
+
+    counted = {"state_ptr": "*i64", "histogram_ptr": "*i64"}
+    digit = {"BITS": batch_cut.DIGIT_BITS}
+    slots = {"values_ptr": "*fp32", "indices_ptr": "*i32"} | counted
+    yield Shipped(
+        "batch_cut", "slots", batch_cut.count_slots_kernel, _types(slots, "C F level shift", "M"),
+        digit | {"BLOCK": batch_cut.SLOTS_BLOCK, "BLOCKS": batch_cut.SLOTS_BLOCKS}, tuple(slots), batch_cut.SLOTS_WARPS,
+    )
+    yield Shipped(
+        "batch_cut", "narrow", batch_cut.narrow_kernel, _types(counted, "level", "total"), digit, tuple(counted),
+        batch_cut.NARROW_WARPS,
+    )
+    kept = {"found_ptr": "*fp32", "features_ptr": "*i32", "n_found_ptr": "*i32", "cut_ptr": "*i64",
+            "values_ptr": "*fp32", "indices_ptr": "*i32", "counts_ptr": "*i32"}  # fmt: skip
+    yield Shipped(
+        "batch_cut", "keep", batch_cut.keep_kernel, _types(kept, "C F", ""), {"BLOCK": batch_cut.KEEP_BLOCK},
+        tuple(kept), batch_cut.KEEP_WARPS,
+    )
+    blocks = {"BLOCK_N": dense_rows.BLOCK_N, "BLOCK_F": dense_rows.BLOCK_F, "BLOCK_D": dense_rows.BLOCK_D}
+    for (name, (_, precision)), odd in itertools.product(INPUTS.items(), (False, True)):
+        pointers = {"list_ptr": "*i32", "n_list_ptr": "*i32"} | _operands(name) | {"bound_ptr": "*fp32"} | counted
+        yield Shipped(
+            "batch_cut", f"rows {name}{' odd D' if odd else ''}", batch_cut.count_rows_kernel,
+            _types(pointers, "F tiles level shift", "stride_xn stride_wf"),
+            digit | blocks | {"D": ODD_WIDTH if odd else WIDTH, "PRECISION": precision},
+            (*pointers, *(() if odd else ("stride_xn", "stride_wf"))),
+            dense_rows.warps(precision, name in ("bf16", "fp16")), dense_rows.NUM_STAGES, maxnreg=dense_rows.REGISTERS,
+        )

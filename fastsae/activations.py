@@ -234,11 +234,15 @@ class BatchTopK(TopK):
         """Moves the running threshold towards the smallest value that was kept; to it, the first time."""
         if not self.sae.training:
             return
-        values = made.values.detach()
         running, rate = self.sae.running_threshold, self.sae.cfg.threshold_rate
         with torch.no_grad():  # as a decorator it would end torch.compile's graph
-            kept = torch.cat([values.reshape(-1), values.new_zeros(1)])  # there may be none
-            least = torch.where(kept > 0, kept, float("inf")).amin().to(running.dtype)
+            if made.cut.numel():  # rows may be missing from values
+                least = made.cut[0].int().view(torch.float32)
+            else:
+                values = made.values.detach()
+                kept = torch.cat([values.reshape(-1), values.new_zeros(1)])  # there may be none
+                least = torch.where(kept > 0, kept, float("inf")).amin()
+            least = least.to(running.dtype)
             step = torch.where(running > 0, running + rate * (least - running), least)
             running.copy_(torch.where(torch.isfinite(least), step, running))
 

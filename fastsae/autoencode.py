@@ -37,8 +37,9 @@ class Autoencoded(NamedTuple):
     dead latents. values, indices [N, K] and counts [N] (slots in use), or shape [0, 0] where the code was too dense for
     slots. fired [F] int32: the rows in which a latent was active. x_hat, error, l1, aux and values have gradients,
     and l0 has one with a threshold. is_open [N] bool: rows that needed more slots than the kernels had, which are
-    not in the code and in all else; residual [N, D]: x̂ − target; norms [F] of w_dec's rows where l1 is weighted with
-    them; each empty where there is no such thing."""
+    not in the code and in all else; cut [2] int64: of batchtopk then, the bits of the least chosen value and its
+    position (`kernels.batch_cut`); residual [N, D]: x̂ − target; norms [F] of w_dec's rows where l1 is weighted with
+    them. These four are empty where there is no such thing."""
 
     x_hat: Tensor
     error: Tensor
@@ -50,6 +51,7 @@ class Autoencoded(NamedTuple):
     counts: Tensor
     fired: Tensor
     is_open: Tensor
+    cut: Tensor
     residual: Tensor
     norms: Tensor
 
@@ -106,7 +108,7 @@ def _autoencode(
     threshold: Tensor | None, dead: Tensor | None, is_dead: Tensor | None,
     rule: str, k: int, most: int, bandwidth: float, centred: bool, weighted: bool, k_aux: int, backend: str, room: int,
 ) -> tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 ]:  # fmt: skip
     """The fields of Autoencoded."""
     with torch.autocast(x.device.type, enabled=False):
@@ -119,6 +121,7 @@ def _autoencode(
         )
         values, indices, counts = selection.as_tensors(selected, x)
         is_open = torch.zeros(0, dtype=torch.bool, device=x.device)
+        cut = torch.zeros(0, dtype=torch.int64, device=x.device)
         norms = w_dec.norm(dim=1) if weighted else None
         if selected is None:
             made = dense.forward(rows, weight, bias, w_dec, threshold, norms)
@@ -137,24 +140,25 @@ def _autoencode(
                 from fastsae.kernels import dense_rows
 
                 is_open = selected.is_open
-                rest = dense_rows.listed(is_open)
+                cut = cut if selected.cut is None else selected.cut
                 dense_rows.forward(
-                    rest, rows, weight, bias, threshold, w_dec, b_dec, target, norms, x_hat, residual, l1, l0, fired
-                )
+                    dense_rows.listed(is_open), rows, weight, bias, threshold, selected.cut, w_dec, b_dec, target,
+                    norms, x_hat, residual, l1, l0, fired,
+                )  # fmt: skip
                 if target is not None:
                     error = torch.where(is_open, widened(residual).square().sum(-1), error)
         aux = l1.new_empty(0)
         if dead is not None and is_dead is not None:
             aux = auxk.errors(rows, -residual, auxk.take(dead, is_dead, weight, bias, w_dec), k_aux)
         norms = w_dec.new_empty(0) if norms is None else norms
-        return x_hat, error, l1, l0, aux, values, indices, counts, fired, is_open, residual, norms
+        return x_hat, error, l1, l0, aux, values, indices, counts, fired, is_open, cut, residual, norms
 
 
 def _decode(
     selected: selection.Selected, w_dec: Tensor, b_dec: Tensor, target: Tensor | None, backend: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x̂, x̂ − target and its squared error."""
-    values, indices, counts, _ = selected
+    values, indices, counts = selected[:3]
     if use_triton(backend, w_dec):
         from fastsae.kernels import decode as kernel
 
@@ -189,14 +193,15 @@ def _(x, target, weight, bias, w_dec, b_dec, threshold, dead, is_dead,
     N, F = x.shape[0], weight.shape[0]
     wide = torch.promote_types(x.dtype, torch.float32)
     values, indices, counts = selection.fake(x, weight, rule, k, backend)
-    no_target, open_rows = target is None, 0
-    if rule in ("relu", "jumprelu") and room and use_triton(backend, weight, product=True):
-        open_rows = torch.library.get_ctx().new_dynamic_size()
+    no_target, open_rows, cut = target is None, 0, 0
+    if rule != "topk" and room and use_triton(backend, weight, product=True):
+        open_rows, cut = (N, 2) if rule == "batchtopk" else (torch.library.get_ctx().new_dynamic_size(), 0)
     return (
         torch.empty_like(x), x.new_empty(0 if no_target else N, dtype=wide), x.new_empty(N, dtype=wide),
         x.new_empty(N, dtype=wide), x.new_empty(0 if dead is None else N, dtype=wide),
         values, indices, counts, x.new_empty(F, dtype=torch.int32), x.new_empty(open_rows, dtype=torch.bool),
-        x.new_empty(0) if no_target else torch.empty_like(x), w_dec.new_empty(F if weighted else 0),
+        x.new_empty(cut, dtype=torch.int64), x.new_empty(0) if no_target else torch.empty_like(x),
+        w_dec.new_empty(F if weighted else 0),
     )  # fmt: skip
 
 
@@ -209,8 +214,8 @@ def _backward(
     d_values: Tensor | None,
     x: Tensor, weight: Tensor, bias: Tensor, w_dec: Tensor, b_dec: Tensor, threshold: Tensor | None,
     dead: Tensor | None, is_dead: Tensor | None,
-    values: Tensor, indices: Tensor, counts: Tensor, is_open: Tensor, residual: Tensor, norms: Tensor,
-    want_x: bool, bandwidth: float, centred: bool, k_aux: int, backend: str,
+    values: Tensor, indices: Tensor, counts: Tensor, is_open: Tensor, cut: Tensor, residual: Tensor,
+    norms: Tensor, want_x: bool, bandwidth: float, centred: bool, k_aux: int, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dL/d of x, target, weight, bias, w_dec, b_dec, threshold; empty where there is no such thing."""
     with torch.autocast(x.device.type, enabled=False):
@@ -229,8 +234,8 @@ def _backward(
                 from fastsae.kernels import dense_rows
 
                 dense_rows.backward(
-                    dense_rows.listed(is_open), rows, weight, bias, threshold, bandwidth, w_dec, of_norms, pull, made,
-                    d_rows,
+                    dense_rows.listed(is_open), rows, weight, bias, threshold, cut if cut.numel() else None, bandwidth,
+                    w_dec, of_norms, pull, made, d_rows,
                 )  # fmt: skip
         else:
             made, d_rows = dense.backward(
@@ -255,7 +260,7 @@ def _backward(
 
 @_backward.register_fake
 def _(d_x_hat, d_error, d_l1, d_l0, d_aux, d_values, x, weight, bias, w_dec, b_dec, threshold, dead, is_dead,
-      values, indices, counts, is_open, residual, norms, want_x, bandwidth, centred, k_aux, backend):  # fmt: skip
+      values, indices, counts, is_open, cut, residual, norms, want_x, bandwidth, centred, k_aux, backend):  # fmt: skip
     none = x.new_empty(0)
     return (
         torch.empty_like(x) if want_x else none, none if d_error is None else torch.empty_like(x),
@@ -267,12 +272,14 @@ def _(d_x_hat, d_error, d_l1, d_l0, d_aux, d_values, x, weight, bias, w_dec, b_d
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, target, weight, bias, w_dec, b_dec, threshold, dead, is_dead, *options = inputs
     _, _, _, bandwidth, centred, _, k_aux, backend, _ = options
-    _, _, _, l0, _, values, indices, counts, fired, is_open, residual, norms = output
+    _, _, _, l0, _, values, indices, counts, fired, is_open, cut, residual, norms = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(indices, counts, fired, is_open, residual, norms, *([l0] if threshold is None else []))
+    fixed = indices, counts, fired, is_open, cut, residual, norms
+    ctx.mark_non_differentiable(*fixed, *([l0] if threshold is None else []))
     ctx.save_for_backward(
-        x, weight, bias, w_dec, b_dec, threshold, dead, is_dead, values, indices, counts, is_open, residual, norms
-    )
+        x, weight, bias, w_dec, b_dec, threshold, dead, is_dead, values, indices, counts, is_open, cut, residual,
+        norms,
+    )  # fmt: skip
     ctx.options = bandwidth, centred, k_aux, backend
 
 

@@ -1,4 +1,5 @@
-"""How much room codes of variable length take: learnt from call to call, without waiting for the device.
+"""How much room codes of variable length (ReLU, JumpReLU, BatchTopK) take: learnt from call to call, without waiting
+for the device.
 
 What a call needed is copied to the host while the device works on, and read two calls later, when it has long arrived:
 a fixed delay, so that a run makes the same choices again.

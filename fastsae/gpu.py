@@ -1,8 +1,9 @@
 """The fast path in Triton kernels: the encoder of `cpu`, for CUDA tensors, and for CPU tensors in Triton's interpreter.
 
 Each rule runs the same kernels: `encode` leaves the best of every group of 32 features, `select` keeps what reaches a
-row's bound and lists the groups that may hide more, `repair` computes those. Nothing here is [N, F], nothing has a
-gradient; `fastsae.ops` puts forward and backward together.
+row's bound and lists the groups that may hide more, `repair` computes those; for BatchTopK `batch_cut` finds where the
+choice ends. Nothing here is [N, F], nothing has a gradient; `fastsae.ops` and `fastsae.autoencode` put forward and
+backward together.
 
 Axes: N tokens, K active latents per token, F dictionary size, D width, G = ⌈F / 32⌉ groups, C slots of a row.
 """
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from fastsae.capacity import Capacity
 from fastsae.errors import DataError
-from fastsae.kernels import encode, exact, repair, select
+from fastsae.kernels import batch_cut, dense_rows, encode, exact, repair, select
 
 Encoder = Literal["auto", "fused", "chunked"]
 
@@ -117,12 +118,16 @@ def encode_above(
 
 
 class Open(NamedTuple):
-    """As Above, for the rows that fitted into the slots; and is_open [N] bool, the others, of which counts are 0."""
+    """As Above, for the rows that fitted into the slots; and is_open [N] bool, the others, of which counts are 0.
+
+    cut [2] int64: of BatchTopK, where its choice ends, in rows of either kind (`kernels.batch_cut`).
+    """
 
     values: Tensor
     indices: Tensor
     counts: Tensor
     is_open: Tensor
+    cut: Tensor | None = None
 
 
 def encode_open(
@@ -135,13 +140,6 @@ def encode_open(
     what there is to know, unless a CUDA graph is being captured.
     """
     capacity.update()
-    capturing = x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if capacity.needed is None and not capturing:
-        found = encode_above(x, weight, bias, most, encoder=encoder, capacity=capacity)
-        if found is None:
-            capacity.needed = most + 1
-            return None
-        return Open(*found, torch.zeros_like(found.counts, dtype=torch.bool))
     if capacity.needed is not None and capacity.needed > most:
         return None
     x, weight, bias = _operands(x, weight, bias, None)
@@ -150,16 +148,10 @@ def encode_open(
         return Open(*nothing, nothing.counts.bool())
     groups = _groups(x, weight, bias, 4, encoder)
     bound = torch.zeros(x.shape[0], dtype=torch.float32, device=x.device)
-    slots = min(capacity.slots, most)
-    found = select.collect(groups, bound, slots, capacity.groups)
-    repair.repair(x, weight, bias, groups, bound, found)
-    many = found.n_failed > capacity.groups  # these are not repaired, and a failed group has r entries at least
-    least = torch.where(many, found.counts + groups.best.shape[0] * found.n_failed, found.counts)
-    is_open = least > slots
-    capacity.send(least.max(), found.n_failed.max())
-    is_open |= many
-    values, indices = (t.masked_fill_(is_open[:, None], 0) for t in (found.values, found.indices))
-    return Open(values, indices, found.counts.masked_fill(is_open, 0), is_open)
+    if _may_learn(capacity, x) and _all_above(x, weight, bias, groups, bound, capacity, most) is None:
+        capacity.needed = most + 1
+        return None
+    return _leaving_open(x, weight, bias, groups, bound, capacity, most)
 
 
 def encode_batchtopk(
@@ -168,30 +160,46 @@ def encode_batchtopk(
 ) -> Above:
     """The N · k largest positive entries of (x − centre) · weightᵀ + bias, however many a row has of them.
 
-    Of equal ones those of the first row, then of the lower feature. Entries of a row descend. Waits for the device, and
-    uses capacity, as encode_above does.
+    Of equal ones those of the first row, then of the lower feature. Entries of a row are in no order. Waits for the
+    device, and uses capacity, as encode_above does.
     """
     x, weight, bias = _operands(x, weight, bias, centre)
     N, F = x.shape[0], weight.shape[0]
     if N == 0:
         return _nothing(x.device, 0)
-    total = N * k
     groups = _groups(x, weight, bias, kept_per_group(k, F), encoder)
-    above = _all_above(x, weight, bias, groups, select.batch_bound(groups, total), capacity or Capacity(4 * k), F)
+    bound = select.batch_bound(groups, N * k)
+    above = _all_above(x, weight, bias, groups, bound, capacity or Capacity(4 * k), F)
     assert above is not None
-    values, indices, _ = above
-    keys = (values.view(torch.int32).long() << 32) | (0x7FFFFFFF - indices.long())
-    keys = keys.masked_fill(values <= 0, 0).sort(dim=1, descending=True).values
-    values = (keys >> 32).int().view(torch.float32)
-    indices = (0x7FFFFFFF - (keys & 0x7FFFFFFF)).int()
-    flat = values.reshape(-1)
-    last = flat.sort(descending=True).values[total - 1] if total <= flat.numel() else flat.new_zeros(())
-    larger, ties = (values > last).sum(1), ((values == last) & (values > 0)).sum(1)
-    quota = total - larger.sum() - (ties.cumsum(0) - ties)  # what is left for the ties of a row and of those after it
-    counts = larger + torch.minimum(quota.clamp_min(0), ties)
+    cut = batch_cut.find(above.values, above.indices, N * k, F)
+    values, indices, counts = batch_cut.keep(*above, cut, F)
     slots = int(counts.max())
-    used = torch.arange(slots, device=x.device) < counts[:, None]
-    return Above(values[:, :slots] * used, indices[:, :slots] * used, counts.int())
+    return Above(values[:, :slots].contiguous(), indices[:, :slots].contiguous(), counts)
+
+
+def encode_batchtopk_open(
+    x: Tensor, weight: Tensor, bias: Tensor, k: int, capacity: Capacity, *, encoder: Encoder = "auto"
+) -> Open:
+    """As encode_batchtopk, but does not wait for the device: rows that need more room than there is are left open.
+
+    As in encode_open. A row never gets more than F / 8 slots, or 8 k where that is more: among N rows at most about
+    8 k / F · N need that many, and stay open.
+    """
+    capacity.update()
+    x, weight, bias = _operands(x, weight, bias, None)
+    N, F = x.shape[0], weight.shape[0]
+    if N == 0:
+        nothing = _nothing(x.device, 0)
+        return Open(*nothing, nothing.counts.bool(), batch_cut.nothing(x.device))
+    most = min(F, max(8 * k, F // 8))
+    groups = _groups(x, weight, bias, kept_per_group(k, F), encoder)
+    bound = select.batch_bound(groups, N * k)
+    if _may_learn(capacity, x) and _all_above(x, weight, bias, groups, bound, capacity, most) is None:
+        capacity.fit(most, None)
+    found = _leaving_open(x, weight, bias, groups, bound, capacity, most)
+    rest = batch_cut.Rows(dense_rows.listed(found.is_open), x, weight, bias, bound)
+    cut = batch_cut.find(found.values, found.indices, N * k, F, rest)
+    return Open(*batch_cut.keep(found.values, found.indices, found.counts, cut, F), found.is_open, cut)
 
 
 def _operands(
@@ -245,3 +253,24 @@ def _all_above(
         capacity.fit(needed, failed)
         if needed <= slots:
             return Above(found.values[:, :needed].contiguous(), found.indices[:, :needed].contiguous(), found.counts)
+
+
+def _may_learn(capacity: Capacity, x: Tensor) -> bool:
+    """Whether nothing is known of a caller's codes yet, and the device may be waited for."""
+    return capacity.needed is None and not (x.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+
+
+def _leaving_open(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: encode.Groups, bound: Tensor, capacity: Capacity, most: int
+) -> Open:
+    """The entries ≥ bound and > 0 of the rows for which there is room, without waiting."""
+    slots = min(capacity.slots, most)
+    found = select.collect(groups, bound, slots, capacity.groups)
+    repair.repair(x, weight, bias, groups, bound, found)
+    many = found.n_failed > capacity.groups  # these are not repaired, and a failed group has r entries at least
+    least = torch.where(many, found.counts + groups.best.shape[0] * found.n_failed, found.counts)
+    is_open = least > slots
+    capacity.send(least.max(), found.n_failed.max())
+    is_open |= many
+    values, indices = (t.masked_fill_(is_open[:, None], 0) for t in (found.values, found.indices))
+    return Open(values, indices, found.counts.masked_fill(is_open, 0), is_open)

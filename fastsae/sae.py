@@ -30,8 +30,8 @@ class LossOutput:
 
     loss = mse + sparsity + aux, to call backward on; the three parts carry gradients too. x_hat: x's shape, in the
     units of x; rows left out by a mask are 0. code: the SparseCode of the rows that were not left out, or None where a
-    ReLU or JumpReLU code was denser than `max_l0`. l0: active latents per row. fve: 1 − Σ‖x − x̂‖² / Σ‖x − mean(x)‖².
-    l0 and fve carry no gradient.
+    ReLU or JumpReLU code was denser than `max_l0`, or one in kernels needed more slots than calls before it. l0: active
+    latents per row. fve: 1 − Σ‖x − x̂‖² / Σ‖x − mean(x)‖². l0 and fve carry no gradient.
     """
 
     loss: Tensor

@@ -19,13 +19,15 @@ from fastsae.gradients import widened
 class Selected(NamedTuple):
     """values, indices [N, K] and counts [N], the leading slots in use, or None for all; unused slots hold 0.
 
-    is_open [N] bool: rows left out for want of slots, where there may be such.
+    is_open [N] bool: rows left out for want of slots, where there may be such; cut [2]: of batchtopk then, see
+    `kernels.batch_cut`.
     """
 
     values: Tensor
     indices: Tensor
     counts: Tensor | None
     is_open: Tensor | None = None
+    cut: Tensor | None = None
 
 
 def select(
@@ -40,7 +42,7 @@ def select(
     if rule == "topk":
         return topk(x, weight, bias, k, backend)
     if rule == "batchtopk":
-        return batchtopk(x, weight, bias, k, backend, capacity)
+        return batchtopk(x, weight, bias, k, backend, capacity, may_leave_open)
     if rule == "jumprelu":
         assert threshold is not None
         return jumprelu(x, weight, bias, threshold, most, bandwidth, backend, capacity, may_leave_open)
@@ -52,7 +54,7 @@ def as_tensors(selected: Selected | None, like: Tensor) -> tuple[Tensor, Tensor,
     if selected is None:
         nothing = torch.zeros(0, 0, dtype=torch.int64, device=like.device)
         return like.new_zeros(0, 0), nothing, nothing.new_zeros(0)
-    values, indices, counts, _ = selected
+    values, indices, counts = selected[:3]
     return values, indices, indices.new_full(indices.shape[:1], indices.shape[1]) if counts is None else counts
 
 
@@ -87,8 +89,8 @@ def above(
 
         if may_leave_open:
             found = gpu.encode_open(x, weight, bias, most, capacity)
-        else:
-            found = gpu.encode_above(x, weight, bias, most, capacity=capacity)
+            return None if found is None else Selected(*found[:4])
+        found = gpu.encode_above(x, weight, bias, most, capacity=capacity)
     else:
         found = cpu.encode_relu(x, weight, bias.to(x.dtype), most)
     return None if found is None else Selected(*found)
@@ -103,17 +105,19 @@ def jumprelu(
     found = above(x, weight, widened(bias) - below, most, backend, capacity, may_leave_open)
     if found is None:
         return None
-    margins, indices, counts, is_open = found
+    margins, indices, counts, is_open, _ = found
     values = torch.where(margins > bandwidth / 2, margins + below[indices.long()].to(margins.dtype), 0)
     return Selected(values, indices, counts, is_open)
 
 
 def batchtopk(
-    x: Tensor, weight: Tensor, bias: Tensor, k: int, backend: str, capacity: Capacity
+    x: Tensor, weight: Tensor, bias: Tensor, k: int, backend: str, capacity: Capacity, may_leave_open: bool = False
 ) -> Selected:
     """ReLU of the N · k largest entries of the batch; of equal ones those of earlier rows, then of lower features."""
     if use_triton(backend, weight, product=True):
         from fastsae import gpu
 
+        if may_leave_open:
+            return Selected(*gpu.encode_batchtopk_open(x, weight, bias, k, capacity))
         return Selected(*gpu.encode_batchtopk(x, weight, bias, k, capacity=capacity))
     return Selected(*cpu.encode_batchtopk(x, weight, bias, k))

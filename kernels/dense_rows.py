@@ -1,7 +1,8 @@
-"""Dense_rows: rows of a variable code (ReLU, JumpReLU) that need more slots than there are, exactly and without them.
+"""Dense_rows: rows of a variable code that need more slots than there are, exactly and without them.
 
 How many rows those are only the device knows, and mostly there are none: the kernels are launched all the same, read
-the number, and end. Where there are some, f = z · 1[z > θ] is made in tiles of rows and features, used, and forgotten;
+the number, and end. Where there are some, f = z · 1[z > θ] (JumpReLU; θ = 0 for ReLU), or z where it is positive and no
+later than the cut of `batch_cut` (BatchTopK), is made in tiles of rows and features, used, and forgotten;
 programs that need the same tile for another slice of the width make it again. Slow for many rows, so a code that goes
 on needing more slots gets them (`capacity`), or the dense path of `fastsae.dense`.
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from fastsae.gradients import Pull, WeightGradients
 from fastsae.kernels.encode import input_precision, product
+from fastsae.kernels.select import is_chosen
 
 BLOCK_N, BLOCK_F, BLOCK_D, SLICE = 16, 32, 32, 64
 NUM_STAGES = 1
@@ -29,25 +31,27 @@ MOST_PROGRAMS = 1024  # each takes every MOST_PROGRAMSth tile
 
 @triton.jit
 def tile_of_code(
-    x_ptr, w_ptr, bias_ptr, theta_ptr, rows, features, valid,  # valid [BLOCK_N, BLOCK_F]
-    stride_xn, stride_wf, HAS_THETA: tl.constexpr,
+    x_ptr, w_ptr, bias_ptr, theta_ptr, cut_ptr, rows, features, valid,  # valid [BLOCK_N, BLOCK_F]
+    F, stride_xn, stride_wf, HAS_THETA: tl.constexpr, HAS_CUT: tl.constexpr,
     D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
-    """z and θ where they are valid, else −∞ and 0."""
+    """z where it is valid and no later than the cut, else −∞; and θ, 0 where there is none."""
     z = product(x_ptr, w_ptr, rows, features, stride_xn, stride_wf, D, PRECISION, BLOCK_N, BLOCK_F, BLOCK_D)
     z += tl.load(bias_ptr + features).to(tl.float32)[None, :]
     theta = tl.zeros([BLOCK_F], dtype=tl.float32)
     if HAS_THETA:
         theta = tl.load(theta_ptr + features).to(tl.float32)
+    if HAS_CUT:
+        valid = valid & is_chosen(z, rows.to(tl.int64)[:, None] * F + features[None, :], cut_ptr)
     return tl.where(valid, z, float("-inf")), theta
 
 
 @triton.jit
 def forward_kernel(
-    list_ptr, n_list_ptr, x_ptr, w_ptr, bias_ptr, theta_ptr, w_dec_ptr, b_dec_ptr, target_ptr, norms_ptr,
+    list_ptr, n_list_ptr, x_ptr, w_ptr, bias_ptr, theta_ptr, cut_ptr, w_dec_ptr, b_dec_ptr, target_ptr, norms_ptr,
     out_ptr, residual_ptr, l1_ptr, l0_ptr, fired_ptr,  # [N, D], [N, D], [N], [N], [F]: written for the rows of the list
     F, tiles, stride_xn, stride_wf, stride_vf, stride_tn,
-    HAS_THETA: tl.constexpr, HAS_NORMS: tl.constexpr, HAS_TARGET: tl.constexpr, D: tl.constexpr,
+    HAS_THETA: tl.constexpr, HAS_CUT: tl.constexpr, HAS_NORMS: tl.constexpr, HAS_TARGET: tl.constexpr, D: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, SLICE: tl.constexpr,
 ):
     SLICES: tl.constexpr = (D + SLICE - 1) // SLICE
@@ -65,9 +69,9 @@ def forward_kernel(
         while start < F:
             f = start + tl.arange(0, BLOCK_F)
             features = tl.where(f < F, f, 0)
-            z, theta = tile_of_code(x_ptr, w_ptr, bias_ptr, theta_ptr, rows, features,
-                                    (at < n_list)[:, None] & (f < F)[None, :], stride_xn, stride_wf, HAS_THETA,
-                                    D, PRECISION, BLOCK_N, BLOCK_F, BLOCK_D)
+            z, theta = tile_of_code(x_ptr, w_ptr, bias_ptr, theta_ptr, cut_ptr, rows, features,
+                                    (at < n_list)[:, None] & (f < F)[None, :], F, stride_xn, stride_wf,
+                                    HAS_THETA, HAS_CUT, D, PRECISION, BLOCK_N, BLOCK_F, BLOCK_D)
             active = z > theta[None, :]
             value = tl.where(active, z, 0.0)
             w_at = w_dec_ptr + features.to(tl.int64)[:, None] * stride_vf + d[None, :]
@@ -119,11 +123,12 @@ def pull_at(
 
 @triton.jit
 def weights_kernel(
-    list_ptr, n_list_ptr, x_ptr, g_ptr, w_ptr, bias_ptr, theta_ptr, w_dec_ptr, norms_ptr, l1_ptr, l0_ptr,
+    list_ptr, n_list_ptr, x_ptr, g_ptr, w_ptr, bias_ptr, theta_ptr, cut_ptr, w_dec_ptr, norms_ptr, l1_ptr, l0_ptr,
     d_w_dec_ptr, d_w_ptr, d_bias_ptr, d_theta_ptr,  # [F, D], [F, D], [F], [F]: added to
     F, tiles, bandwidth, stride_xn, stride_gn, stride_wf, stride_vf,
-    HAS_L1: tl.constexpr, HAS_L0: tl.constexpr, HAS_NORMS: tl.constexpr, HAS_THETA: tl.constexpr, D: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, SLICE: tl.constexpr,
+    HAS_L1: tl.constexpr, HAS_L0: tl.constexpr, HAS_NORMS: tl.constexpr, HAS_THETA: tl.constexpr, HAS_CUT: tl.constexpr,
+    D: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, SLICE: tl.constexpr,
 ):
     SLICES: tl.constexpr = (D + SLICE - 1) // SLICE
     n_list = tl.load(n_list_ptr)
@@ -142,9 +147,9 @@ def weights_kernel(
         while start < n_list:
             at = start + tl.arange(0, BLOCK_N)
             rows = tl.load(list_ptr + tl.where(at < n_list, at, 0))
-            z, theta = tile_of_code(x_ptr, w_ptr, bias_ptr, theta_ptr, rows, features,
-                                    (at < n_list)[:, None] & (f < F)[None, :], stride_xn, stride_wf, HAS_THETA,
-                                    D, PRECISION, BLOCK_N, BLOCK_F, BLOCK_D)
+            z, theta = tile_of_code(x_ptr, w_ptr, bias_ptr, theta_ptr, cut_ptr, rows, features,
+                                    (at < n_list)[:, None] & (f < F)[None, :], F, stride_xn, stride_wf,
+                                    HAS_THETA, HAS_CUT, D, PRECISION, BLOCK_N, BLOCK_F, BLOCK_D)
             d_pre, d_theta, l1 = pull_at(z, theta, rows, features, at < n_list, g_ptr, w_dec_ptr, l1_ptr, l0_ptr,
                                          norms_ptr, stride_gn, stride_vf, bandwidth, HAS_L1, HAS_L0, HAS_NORMS,
                                          HAS_THETA, D, PRECISION, BLOCK_N, BLOCK_F, BLOCK_D)
@@ -180,11 +185,12 @@ def weights_kernel(
 
 @triton.jit
 def inputs_kernel(
-    list_ptr, n_list_ptr, x_ptr, g_ptr, w_ptr, bias_ptr, theta_ptr, w_dec_ptr, norms_ptr, l1_ptr, l0_ptr,
+    list_ptr, n_list_ptr, x_ptr, g_ptr, w_ptr, bias_ptr, theta_ptr, cut_ptr, w_dec_ptr, norms_ptr, l1_ptr, l0_ptr,
     d_x_ptr,  # [N, D]: written for the rows of the list
     F, tiles, bandwidth, stride_xn, stride_gn, stride_wf, stride_vf,
-    HAS_L1: tl.constexpr, HAS_L0: tl.constexpr, HAS_NORMS: tl.constexpr, HAS_THETA: tl.constexpr, D: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, SLICE: tl.constexpr,
+    HAS_L1: tl.constexpr, HAS_L0: tl.constexpr, HAS_NORMS: tl.constexpr, HAS_THETA: tl.constexpr, HAS_CUT: tl.constexpr,
+    D: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, SLICE: tl.constexpr,
 ):
     SLICES: tl.constexpr = (D + SLICE - 1) // SLICE
     n_list = tl.load(n_list_ptr)
@@ -198,9 +204,9 @@ def inputs_kernel(
         while start < F:
             f = start + tl.arange(0, BLOCK_F)
             features = tl.where(f < F, f, 0)
-            z, theta = tile_of_code(x_ptr, w_ptr, bias_ptr, theta_ptr, rows, features,
-                                    (at < n_list)[:, None] & (f < F)[None, :], stride_xn, stride_wf, HAS_THETA,
-                                    D, PRECISION, BLOCK_N, BLOCK_F, BLOCK_D)
+            z, theta = tile_of_code(x_ptr, w_ptr, bias_ptr, theta_ptr, cut_ptr, rows, features,
+                                    (at < n_list)[:, None] & (f < F)[None, :], F, stride_xn, stride_wf,
+                                    HAS_THETA, HAS_CUT, D, PRECISION, BLOCK_N, BLOCK_F, BLOCK_D)
             d_pre, _, _ = pull_at(z, theta, rows, features, at < n_list, g_ptr, w_dec_ptr, l1_ptr, l0_ptr,
                                   norms_ptr, stride_gn, stride_vf, bandwidth, HAS_L1, HAS_L0, HAS_NORMS,
                                   HAS_THETA, D, PRECISION, BLOCK_N, BLOCK_F, BLOCK_D)
@@ -232,7 +238,8 @@ def listed(is_open: Tensor) -> Listed:
     return Listed(rows, is_open.sum(dtype=torch.int32)[None])
 
 
-def _options(x: Tensor, n_tiles: int) -> tuple[tuple[int], dict[str, object]]:
+def options(x: Tensor, n_tiles: int) -> tuple[tuple[int], dict[str, object]]:
+    """Grid and constants of a launch, here and in `batch_cut`, whose z has to have the same bits."""
     precision = input_precision(x.dtype)
     return (min(n_tiles, MOST_PROGRAMS),), {
         "D": x.shape[1], "PRECISION": precision, "BLOCK_N": BLOCK_N, "BLOCK_F": BLOCK_F, "BLOCK_D": BLOCK_D,
@@ -242,8 +249,9 @@ def _options(x: Tensor, n_tiles: int) -> tuple[tuple[int], dict[str, object]]:
 
 
 def forward(
-    these: Listed, x: Tensor, weight: Tensor, bias: Tensor, threshold: Tensor | None, w_dec: Tensor, b_dec: Tensor,
-    target: Tensor | None, norms: Tensor | None, out: Tensor, residual: Tensor, l1: Tensor, l0: Tensor, fired: Tensor,
+    these: Listed, x: Tensor, weight: Tensor, bias: Tensor, threshold: Tensor | None, cut: Tensor | None,
+    w_dec: Tensor, b_dec: Tensor, target: Tensor | None, norms: Tensor | None,
+    out: Tensor, residual: Tensor, l1: Tensor, l0: Tensor, fired: Tensor,
 ) -> None:  # fmt: skip
     """Writes the rows of the list in out and, with a target, residual [N, D], l1 and l0 [N] fp32; adds to fired [F].
 
@@ -252,40 +260,41 @@ def forward(
     """
     (N, D), F = x.shape, weight.shape[0]
     tiles = triton.cdiv(N, BLOCK_N) * triton.cdiv(D, SLICE)
-    grid, options = _options(x, tiles)
+    grid, how = options(x, tiles)
     none = these.rows
     with torch.cuda.device_of(x):
         forward_kernel[grid](
-            *these, x, weight, bias, none if threshold is None else threshold, w_dec, b_dec.contiguous(),
-            none if target is None else target, none if norms is None else norms,
+            *these, x, weight, bias, none if threshold is None else threshold, none if cut is None else cut,
+            w_dec, b_dec.contiguous(), none if target is None else target, none if norms is None else norms,
             out, residual, l1, l0, fired,
             F, tiles, x.stride(0), weight.stride(0), w_dec.stride(0), 0 if target is None else target.stride(0),
-            HAS_THETA=threshold is not None, HAS_NORMS=norms is not None, HAS_TARGET=target is not None, **options,
+            HAS_THETA=threshold is not None, HAS_CUT=cut is not None, HAS_NORMS=norms is not None,
+            HAS_TARGET=target is not None, **how,
         )
 
 
 def backward(
-    these: Listed, x: Tensor, weight: Tensor, bias: Tensor, threshold: Tensor | None, bandwidth: float, w_dec: Tensor,
-    norms: Tensor | None, pull: Pull, made: WeightGradients, d_x: Tensor | None,
+    these: Listed, x: Tensor, weight: Tensor, bias: Tensor, threshold: Tensor | None, cut: Tensor | None,
+    bandwidth: float, w_dec: Tensor, norms: Tensor | None, pull: Pull, made: WeightGradients, d_x: Tensor | None,
 ) -> None:  # fmt: skip
     """Adds what the rows of the list give to the gradients in made, and writes their rows of d_x [N, D]."""
     (N, D), F = x.shape, weight.shape[0]
     none = these.rows
     g = pull.out.contiguous()
     l1, l0, norm, theta = (none if t is None else t.contiguous() for t in (pull.l1, pull.l0, norms, threshold))
-    given = (*these, x, g, weight, bias, theta, w_dec, norm, l1, l0)
+    given = (*these, x, g, weight, bias, theta, none if cut is None else cut, w_dec, norm, l1, l0)
     strides = x.stride(0), g.stride(0), weight.stride(0), w_dec.stride(0)
     has = {"HAS_L1": pull.l1 is not None, "HAS_L0": pull.l0 is not None, "HAS_THETA": threshold is not None,
-           "HAS_NORMS": norms is not None and pull.l1 is not None}  # fmt: skip
+           "HAS_CUT": cut is not None, "HAS_NORMS": norms is not None and pull.l1 is not None}  # fmt: skip
     width = float(bandwidth) or 1e-30  # without a band nothing is inside
     tiles = triton.cdiv(F, BLOCK_F) * triton.cdiv(D, SLICE)
-    grid, options = _options(x, tiles)
+    grid, how = options(x, tiles)
     d_theta = none if made.threshold is None else made.threshold
     with torch.cuda.device_of(x):
         weights_kernel[grid](
-            *given, made.w_dec, made.weight, made.bias, d_theta, F, tiles, width, *strides, **has, **options
+            *given, made.w_dec, made.weight, made.bias, d_theta, F, tiles, width, *strides, **has, **how
         )
         if d_x is not None:
             tiles = triton.cdiv(N, BLOCK_N) * triton.cdiv(D, SLICE)
-            grid, options = _options(x, tiles)
-            inputs_kernel[grid](*given, d_x, F, tiles, width, *strides, **has, **options)
+            grid, how = options(x, tiles)
+            inputs_kernel[grid](*given, d_x, F, tiles, width, *strides, **has, **how)

@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsae.kernels.weight_grad import SPLIT, TOGETHER, WIDEST, Pieces
+from fastsae.kernels import weight_grad
+from fastsae.kernels.weight_grad import TOGETHER, WIDEST, Pieces
 
 # Told so, the assembler does not spill a few bytes, as it does left to itself.
 REGISTERS = 168
@@ -326,7 +327,7 @@ def row_update(
     if D > WIDEST:
         raise ValueError(f"expected rows of at most {WIDEST}, got {D}")
     none = code.order  # a pointer that is not read
-    partial = torch.empty(max(2 * (N * K // SPLIT), 1), 2, D, dtype=torch.float32, device=x.device)
+    partial = torch.empty(max(2 * (N * K // weight_grad.SPLIT), 1), 2, D, dtype=torch.float32, device=x.device)
     pointers = [
         none if t is None else t
         for t in (of_norms, *(extra or (None, None, None)), square, last, adam.factor, *w_dec, norms, *weight)

@@ -130,6 +130,13 @@ def order_key(value, feature):
 
 
 @triton.jit
+def is_chosen(value, position, cut_ptr):
+    """Whether positive entries come no later in BatchTopK's order than its last one (`batch_cut`)."""
+    bits, last = value.to(tl.int32, bitcast=True), tl.load(cut_ptr).to(tl.int32)
+    return (bits > last) | ((bits == last) & (position <= tl.load(cut_ptr + 1)))
+
+
+@triton.jit
 def write_best(keys, keep, n, values_ptr, indices_ptr, fired_ptr, SLOTS, HAS_FIRED: tl.constexpr, C: tl.constexpr):
     """The first `keep` of descending keys [C] into row n of [N, SLOTS]; the rest of the row becomes 0."""
     slot = tl.arange(0, C)

@@ -77,7 +77,7 @@ def test_room_is_learnt_without_waiting(monkeypatch):
     first = run(p, "relu", room)
     known = capacity.room_of(room)
     assert not first.is_open.any() and first.code(90) is not None and known.needed is not None
-    monkeypatch.setattr(gpu, "encode_above", None)  # the one that waits
+    monkeypatch.setattr(gpu, "_all_above", None)  # the one that waits
     known.slots = 8
     with torch.no_grad():
         p["bias"] += 2.0
