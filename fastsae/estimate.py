@@ -205,7 +205,8 @@ def _switches(config: TrainConfig, kind: str, memory: int) -> Iterator[Switch]:
         {"dtype": "bfloat16", "master": "bf16-sr"}, {"state": "8bit"}, {"beta1": 0.0}, {"state": "rowwise"},
     ]  # fmt: skip
     now, total = config, footprint(config, kind).total
-    for options in steps:
+    for wanted in steps:
+        options = {name: value for name, value in wanted.items() if getattr(now, name) != value}
         new = dataclasses.replace(now, **options)
         needs = footprint(new, kind).total
         if needs >= total:

@@ -209,8 +209,9 @@ class _Sizes:
 
     @property
     def given(self) -> int:
-        """The batch as the store gives it, in float32, and as SAE._rows makes of it."""
-        made = self.config.normalise != "none" or self.config.dtype != "float32"
+        """The batch as the store gives it, in float32, and as SAE._rows makes of it, on a GPU without looking whether
+        it has to."""
+        made = self.config.normalise != "none" or self.config.dtype != "float32" or self.kind == "cuda"
         return 4 * self.N * self.D + (self.rows if made else 0)
 
     @property
@@ -238,9 +239,9 @@ class _Sizes:
         r = 4 if self.config.activation in ("relu", "jumprelu") else kept_per_group(self.K, groups)
         slots = slots_for(self.K) if topk else self.K + self.K // 2
         found = self.N * (8 * slots + 4 * 32 + 12)
-        sorting = 0 if self.config.activation != "batchtopk" else 4 * LONG * self.N * slots  # keys, before and after
+        cut = 8 * self.N * slots if self.config.activation == "batchtopk" else 0  # kernels/batch_cut.py: what is kept
         chunk = 0 if self.D % 16 == 0 else 32 * 2**20  # the encoder for other widths, kernels/encode.py CHUNK_BYTES
-        return 5 * r * self.N * groups + found + sorting + chunk
+        return 5 * r * self.N * groups + found + cut + chunk
 
     def _chunk(self, R: int, C: int) -> int:
         """cpu.chunks: pre-activations [R, C], and the largest of each group of them."""
