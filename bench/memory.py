@@ -2,8 +2,9 @@
 
 Each case is a process of its own that trains three steps as `fastsae.train` does (`recipe.start`, then TrainStep).
 Two numbers come of it: the peak of the resident set above what it was before, and the allocator's own count, by
-torch's profiler. The first is what a user sees, and moves by up to 50 MB from run to run: glibc serves up to 32 MiB from a heap,
-which fragments, and gives it back late, if at all. With a limit of 1 MiB (MALLOC_MMAP_THRESHOLD_) the two agree.
+torch's profiler. The first is what a user sees, and moves by up to 50 MB from run to run: glibc serves up to 32 MiB
+from a heap, which fragments, and gives it back late, if at all. With a limit of 1 MiB (MALLOC_MMAP_THRESHOLD_) the
+two agree.
 """
 
 from __future__ import annotations
