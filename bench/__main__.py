@@ -13,6 +13,7 @@ COMMANDS = {
     "quality": "what small optimizer states cost in explained variance",
     "compile": "compile every kernel for every GPU it is meant for, without a GPU",
     "gpu": "check and time kernels and steps on an NVIDIA GPU",
+    "memory": "the peak memory of training runs on the CPU, beside what fastsae.estimate says",
     "demo": "keep the figures of a finished demo",
     "readme": "write the tables of README.md from bench/results",
     "all": "step and compile, and gpu where there is one",

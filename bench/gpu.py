@@ -107,6 +107,8 @@ class _Run:
             seconds, least = (0.05, 1) if self.dry else (0.5, 3)
             timed = timing.measure(call, self.device, seconds=seconds, least=least, most=50)
             row |= timed.row() | self.derived(case, timed.median_ms)
+            if case.memory and timed.peak_mib:
+                row["estimate_of_peak"] = case.memory / 2**20 / timed.peak_mib
             if (case.op, case.variant) == ("part", "topk repair"):
                 call = None
                 row |= encoders.effort(case.shape, case.dtype, self.device)
@@ -144,6 +146,8 @@ class _Run:
         if "rows_failed" in row:
             derived += f"  {row['rows_failed']:.2%} of rows failed, {row['rows_exact']:.0f} exact"
         memory = "" if row["peak_mib"] is None else f"  {row['peak_mib']:,.0f} MiB"
+        if "estimate_of_peak" in row:
+            memory += f" (estimate: {row['estimate_of_peak']:.2f} of it)"
         return f"{head} {row['median_ms']:9.3f} ms ({row['p20_ms']:.3f} to {row['p80_ms']:.3f}){derived}{memory}"
 
     def save(self) -> None:

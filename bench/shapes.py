@@ -35,7 +35,8 @@ LARGEST_STEP = 2**31  # elements of [N, F] and twice those of [F, D]; past it a 
 
 @dataclass(frozen=True)
 class Case:
-    """build() gives the call to be timed, after checking it; work and traffic are in operations and bytes."""
+    """build() gives the call to be timed, after checking it; work and traffic are in operations and bytes. memory:
+    bytes that `fastsae.footprint` says a call allocates on a GPU."""
 
     op: str
     variant: str
@@ -44,6 +45,7 @@ class Case:
     build: Callable[[torch.device], Call]
     operations: float = 0
     traffic: float = 0
+    memory: int = 0
 
     def row(self) -> dict[str, Any]:
         return {"op": self.op, "variant": self.variant, "dtype": str(self.dtype).removeprefix("torch."),

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fastsae.codes import SparseCode
     from fastsae.config import SAEConfig
     from fastsae.errors import FastSAEError
+    from fastsae.estimate import estimate
     from fastsae.evaluate import evaluate
     from fastsae.harvest import harvest
     from fastsae.sae import SAE, LossOutput
@@ -38,6 +39,7 @@ __all__ = [
     "TrainConfig",
     "TrainStep",
     "analysis",
+    "estimate",
     "evaluate",
     "harvest",
     "synthetic",
@@ -55,7 +57,7 @@ _HOME = {
     "TrainStep": "fastsae.step",
 }
 # Modules that are named after the one function that people want from them: fastsae.train(...) calls it.
-_VERBS = ("train", "harvest", "evaluate")
+_VERBS = ("train", "harvest", "evaluate", "estimate")
 _MODULES = (*_VERBS, "analysis", "synthetic")
 
 

@@ -14,10 +14,12 @@ from typing import Annotated, Any, get_args
 
 from fastsae.analysis import AnalyzeConfig
 from fastsae.errors import FastSAEError
+from fastsae.estimate import Estimate
 from fastsae.evaluate import EvalConfig
 from fastsae.files import claim_folder
 from fastsae.harvest import HarvestConfig
 from fastsae.lm import MLP_HOOK, LMConfig
+from fastsae.machines import GPUS
 from fastsae.recipe import Preset, TrainConfig
 from fastsae.sae import SAE
 
@@ -27,6 +29,10 @@ except ImportError:  # the library works without; the command line says what is 
     raise SystemExit("fastsae: the command line needs tyro and rich: pip install 'fastsae[all]'") from None
 
 OnOneLevel = tyro.conf.OmitArgPrefixes
+_GPU_HELP = (
+    f"The GPU to reckon with: {', '.join(GPUS)}. Left out, it is the machine at hand: its GPU, or its CPU, whose speed "
+    "is measured for a second."
+)
 DESCRIPTION = """Sparse autoencoders: harvest activations, train dictionaries, read the features.
 
 Every verb takes --help, and --json for output that a script can read. Start with: fastsae demo --out demo"""
@@ -211,49 +217,77 @@ def _quiet() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
+def estimate(
+    config: OnOneLevel[TrainConfig],
+    gpu: Annotated[str | None, tyro.conf.arg(help=_GPU_HELP, metavar="NAME")] = None,
+    preset: Preset | None = None,
+) -> Estimate:
+    """Memory, time per step and days of a training run, and what to switch on if it does not fit; trains nothing.
+
+    No GPU is needed to ask about one: give its name, the width of the activations (--d-in), the number of latents
+    (--d-sae), and any option that you would give to fastsae train. With --tokens it also tells the days.
+
+        fastsae estimate --gpu h200 --d-in 4096 --d-sae 1048576 --tokens 1000000000
+
+    Args:
+        preset: A published recipe to start from; other options are set on top of it.
+    """
+    import fastsae
+
+    return fastsae.estimate(config, gpu=gpu)
+
+
 def load_sae(folder: Path) -> SAE:
     """The SAE in a folder, or in the sae/ folder of a training run."""
     return SAE.from_pretrained(folder / "sae" if (folder / "sae" / "cfg.json").exists() else folder)
 
 
-VERBS: dict[str, Callable[..., dict]] = {
+VERBS: dict[str, Callable[..., dict | Estimate]] = {
     "demo": demo,
     "lm": lm,
     "harvest": harvest,
     "train": train,
     "eval": evaluate,
     "analyze": analyze,
+    "estimate": estimate,
 }
 
 
-def _with_preset(argv: Sequence[str]) -> Callable[..., dict]:
-    """`train` with the preset's values as the defaults of its options, so that options on the line go on top."""
+def _with_preset(verb: Callable[..., Any], argv: Sequence[str]) -> Callable[..., Any]:
+    """`train` or `estimate` with the preset's values as the defaults of its options, so that options on the line go on
+    top."""
     words = [part for word in argv for part in word.split("=", 1)]
 
-    def given(option: str) -> str | None:
-        return words[words.index(option) + 1] if option in words[:-1] else None
+    def given(*options: str) -> str | None:
+        return next((words[words.index(option) + 1] for option in options if option in words[:-1]), None)
 
-    preset, store = given("--preset"), given("--store")
-    if preset not in get_args(Preset) or store is None:
-        return train
-    import fastsae
+    preset, store, d_in = given("--preset"), given("--store"), given("--d-in", "--d_in")
+    if preset not in get_args(Preset):
+        return verb
+    if store is not None:
+        import fastsae
 
-    config = TrainConfig.preset(preset, d_in=fastsae.ActivationStore(store).width)  # type: ignore[arg-type]
-    return functools.partial(train, config=config)
+        width = fastsae.ActivationStore(store).width
+    elif verb is estimate:
+        width = int(d_in) if d_in is not None and d_in.isdecimal() else 0
+    else:
+        return verb
+    config = TrainConfig.preset(preset, d_in=width)  # type: ignore[arg-type]
+    return functools.partial(verb, config=config)
 
 
-def _later(verb: Callable[..., dict]) -> Callable[..., Callable[[], dict]]:
+def _later(verb: Callable[..., Any]) -> Callable[..., Callable[[], Any]]:
     """verb with the same signature and help, which when called only notes its arguments."""
 
     @functools.wraps(verb)
-    def bound(*args: Any, **options: Any) -> Callable[[], dict]:
+    def bound(*args: Any, **options: Any) -> Callable[[], Any]:
         return functools.partial(verb, *args, **options)
 
     bound.__doc__ = getattr(verb, "func", verb).__doc__  # of what a partial is made of
     return bound
 
 
-def _parsed(verbs: dict[str, Any], argv: Sequence[str]) -> Callable[[], dict]:
+def _parsed(verbs: dict[str, Any], argv: Sequence[str]) -> Callable[[], Any]:
     """The verb with its arguments, to be called.
 
     Raises FastSAEError for options that cannot be meant, of which tyro itself would make a box of several lines.
@@ -275,7 +309,12 @@ def _parsed(verbs: dict[str, Any], argv: Sequence[str]) -> Callable[[], dict]:
         raise
 
 
-def _print_result(result: dict, as_json: bool) -> None:
+def _print_result(result: dict | Estimate, as_json: bool) -> None:
+    if isinstance(result, Estimate):
+        if not as_json:
+            print(result)
+            return
+        result = result.to_dict()
     if as_json:
         print(json.dumps(result, indent=1, default=str))
         return
@@ -291,8 +330,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = [word for word in argv if word != "--json"]
     try:
         verbs: dict[str, Any] = dict(VERBS)
-        if argv[:1] == ["train"]:
-            verbs["train"] = _with_preset(argv)
+        if argv[:1] in (["train"], ["estimate"]):
+            verbs[argv[0]] = _with_preset(verbs[argv[0]], argv)
         _print_result(_parsed(verbs, argv)(), as_json)
         return 0
     except FastSAEError as error:
@@ -315,7 +354,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _again(argv: Sequence[str]) -> str:
     """How to go on with a verb that was stopped."""
-    if argv[:1] in (["eval"], ["analyze"]):
+    if argv[:1] in (["eval"], ["analyze"], ["estimate"]):
         return "the same command starts over"
     resume = "" if argv[:1] == ["demo"] else " with --resume"
     return f"the same command{resume} goes on from here"

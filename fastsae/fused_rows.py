@@ -90,10 +90,10 @@ class FusedRows:
         factor = torch.ones((), device=norms.device) if options.factor is None else options.factor.float()
         adam = kernel.Adam(options.lr, options.beta1, options.beta2, options.eps,
                            1 - options.lr * options.weight_decay, options.t, seed, factor)  # fmt: skip
-        matrices = [_matrix(state) for state in states]
+        w_dec, weight = (_matrix(state) for state in states)
         for code, extra in self._launches():
             kernel.row_update(
-                code, self.values, self.d_pre, self.g, self.x, *matrices, adam, state=states[0].state,
+                code, self.values, self.d_pre, self.g, self.x, w_dec, weight, adam, state=states[0].state,
                 stochastic=states[0].stochastic, unit=unit, norms=norms, of_norms=self.of_norms, extra=extra,
                 last=self.last, square=square, update=update,
             )  # fmt: skip

@@ -24,8 +24,8 @@ from fastsae.store import ActivationStore, MemoryStore, steps_per_epoch
 Preset = Literal["monosemanticity", "april2024", "relu", "topk"]
 Store = ActivationStore | MemoryStore
 
-_STATISTICS_ROWS = 2**16  # for E‖x − mean‖: its standard error is 1/256 of the spread of the norms
-_START_ROWS = 2**14
+STATISTICS_ROWS = 2**16  # for E‖x − mean‖: its standard error is 1/256 of the spread of the norms
+START_ROWS = 2**14
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,12 +248,12 @@ def start(config: TrainConfig, store: Store, device: torch.device | str = "cpu")
         mean = store.mean if config.normalise == "centre" else torch.zeros(config.d_in)
         norm = store.mean_norm
         if config.normalise == "centre":
-            rows = store.sample(_STATISTICS_ROWS, seed=config.seed)
+            rows = store.sample(STATISTICS_ROWS, seed=config.seed)
             norm = float(torch.linalg.vector_norm(rows - mean, dim=1).mean())
         if not norm > 0:
             raise FastSAEError("the activations are all the same, nothing can be learned: hook another module")
         sae.set_input_normalisation(mean, math.sqrt(config.d_in) / norm)
-    rows = normalised(sae, store.sample(_START_ROWS, seed=config.seed).to(device))
+    rows = normalised(sae, store.sample(START_ROWS, seed=config.seed).to(device))
     if config.init_b_dec != "zero":
         sae.b_dec.copy_(geometric_median(rows) if config.init_b_dec == "geometric_median" else rows.mean(0))
     if config.activation in ("relu", "jumprelu") and config.init_l0:

@@ -337,7 +337,9 @@ class TrainStep:
     def _current_norms(self) -> Tensor:
         """‖W_dec[f]‖ as the last update left them; made anew where somebody else has written to W_dec since."""
         if self._weighted and self._version != _version_of(self.sae):
-            self.norms = torch.linalg.vector_norm(widened(self.sae.W_dec), dim=1)
+            # Some rows at a time: of a dictionary in half precision the whole in fp32 would be more than all its state.
+            rows = self.sae.W_dec.detach().split(max(1, 2**20 // self.sae.cfg.d_in))
+            self.norms = torch.cat([torch.linalg.vector_norm(widened(part), dim=1) for part in rows])
         return self.norms
 
     def _factor(self) -> Tensor:

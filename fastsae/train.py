@@ -19,6 +19,7 @@ from torch import Tensor
 from fastsae import shards
 from fastsae.device import choose_device
 from fastsae.errors import DataError, FastSAEError
+from fastsae.estimate import check_fits
 from fastsae.files import claim_folder, truncate_log, write_json
 from fastsae.harvest import check_options
 from fastsae.interrupt import uninterrupted
@@ -62,7 +63,7 @@ def train(
     and where gradients are clipped grad_norm, the norm before that.
 
     Raises FastSAEError: a store of another width, K > F, fewer rows than a batch, a loss that is not finite, a folder
-    that holds another run, a full disk.
+    that holds another run, a full disk, and before anything is allocated, a device with less memory than it takes.
     """
     source = MemoryStore(store) if isinstance(store, Tensor) else store
     if preset is not None:
@@ -148,6 +149,7 @@ class _Run:
                 return
             saved = out / CHECKPOINT if shards.exists(out / CHECKPOINT) else None
         device = choose_device(config.device)
+        check_fits(config, device)
         self.sae = SAE(config.sae, device=device) if saved else start(config, store, device)
         self.train_step = TrainStep(
             self.sae, betas=(config.beta1, config.beta2), state=config.state, master=config.master, clip=config.clip,

@@ -9,7 +9,7 @@ def test_every_verb_has_help_for_every_option(verb, capsys):
         cli.main([verb, "--help"])
     assert stopped.value.code == 0
     shown = capsys.readouterr().out
-    assert "--out" in shown or "--sae" in shown
+    assert "--out" in shown or "--sae" in shown or "--d-in" in shown
     assert len(shown.splitlines()) > 10 and "partial" not in shown
 
 
@@ -43,7 +43,7 @@ def test_a_preset_gives_the_defaults_and_options_go_on_top(tmp_path):
     writer.add(rows, number, number, number)
     writer.close()
     argv = ["train", "--store", str(tmp_path / "store"), "--out", "x", "--preset", "monosemanticity"]
-    config = cli._with_preset(argv).keywords["config"]
+    config = cli._with_preset(cli.train, argv).keywords["config"]
     assert config.activation == "relu" and config.l1_coefficient == pytest.approx(0.004 * 16)
 
 
