@@ -21,6 +21,8 @@ from fastsae.moments import Rows
 
 # Elements of a block: some megabytes for gradient, weight and moments together, which stay in the cache.
 BLOCK_ELEMENTS = 1 << 19
+# Where latents are this many times as many as entries, only the gradients of those that were touched are made.
+SPARSE = 4
 
 
 class Weights(NamedTuple):
@@ -65,17 +67,19 @@ class Dead(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class RowBlocks:
-    """The gradients of some micro-batches. touched: None for all rows in order; or [U], the only ones that have any."""
+    """The gradients of some micro-batches. touched: None for all rows in order; or [U] ascending, the only ones that
+    have any. ranges: whether the others are to be updated too."""
 
     given: Weights
     code: ByFeature | None
     without: list[Part]
     dead: list[Dead]
     touched: Tensor | None
+    ranges: bool
 
     @classmethod
     def of(cls, given: Weights, parts: list[Part], dead: list[Dead], only_touched: bool) -> RowBlocks:
-        """only_touched: whether rows without a gradient may be left out, as far as that is known."""
+        """only_touched: whether rows without a gradient may be left alone, as far as they are known."""
         without = [part for part in parts if not part.has_code and part.rows.shape[0]]
         joined = join([part for part in parts if part.has_code])
         code = None
@@ -87,29 +91,33 @@ class RowBlocks:
             # The sums are for an optimizer that works in fp32, whatever the dtype of the weights.
             wide = Pull(widened(joined.out), joined.l1, joined.l0)
             code = replace(code, rows=widened(joined.rows), pull=wide)
-        if only_touched and not without:
+        few = code is None or SPARSE * code.used.numel() <= given.bias.numel()
+        if (only_touched or few) and not without:
             also = torch.zeros(given.bias.shape, dtype=torch.bool, device=given.bias.device)
             for one in dead:
                 also |= one.is_dead
             code = None if code is None else code.compact(also)
             touched = also.nonzero().squeeze(1) if code is None else code.features
-            return cls(given, code, without, dead, touched)
-        return cls(given, code, without, dead, None)
+            return cls(given, code, without, dead, touched, not only_touched)
+        return cls(given, code, without, dead, None, True)
 
-    def __iter__(self) -> Iterator[tuple[Rows, WeightGradients]]:
-        """Which rows, and their gradients in fp32 or more. A block's parameters may change once it has been used: the
-        next ones do not need them."""
+    def __iter__(self) -> Iterator[tuple[slice | None, Rows, WeightGradients]]:
+        """A range of rows to be updated, or None for those alone that have gradients; which of them have, and these, in
+        fp32 or more. A block's parameters may change once it has been used: the next ones do not need them."""
         F, D = self.given.w_dec.shape
         size = max(64, BLOCK_ELEMENTS // max(D, 1))
         if self.without:
             size = min(size, max(64, cpu.CHUNK_ELEMENTS // max(part.rows.shape[0] for part in self.without)))
-        U = F if self.touched is None else self.touched.numel()
-        edges = [*range(0, U, size), U]
+        U = F if self.touched is None or self.ranges else self.touched.numel()
+        starts = edges = [*range(0, U, size), U]
+        if self.touched is not None and self.ranges:
+            edges = torch.searchsorted(self.touched, torch.tensor(starts, device=self.touched.device)).tolist()
         offsets = None if self.code is None else self.code.offsets[torch.tensor(edges, device=self.code.offsets.device)]
         entries = None if offsets is None else offsets.tolist()
         for i, (start, stop) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
             between = None if entries is None else (entries[i], entries[i + 1])
-            yield self._block(start, stop, between)
+            block = slice(starts[i], starts[i + 1]) if self.ranges else None
+            yield block, *self._block(start, stop, between)
 
     def _block(self, start: int, stop: int, between: tuple[int, int] | None) -> tuple[Rows, WeightGradients]:
         at: Rows = slice(start, stop) if self.touched is None else self.touched[start:stop]

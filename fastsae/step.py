@@ -112,6 +112,7 @@ class TrainStep:
         self.norm = torch.zeros((), dtype=torch.promote_types(sae.dtype, torch.float32), device=sae.device)
         self.norms, self._version = torch.empty(sae.cfg.d_sae, device=sae.device), -1
         self._weighted = bool(sae.rule.options.get("weighted"))
+        self._zeros: dict[int, Tensor] = {}
         self._parts: list[Part] = []
         self._dead: list[Dead] = []
         self._sums: _Sums | None = None
@@ -308,23 +309,32 @@ class TrainStep:
         d_threshold = None if given.threshold is None else torch.zeros_like(given.threshold)
         d_b_dec = self._of_output()
         square = torch.zeros_like(self.norm) if wants_norm else None
-        for at, made in blocks:
+        for block, at, made in blocks:
             d_bias[at] = made.bias
             if d_threshold is not None and made.threshold is not None:
                 d_threshold[at] = made.threshold
             if self.sae.cfg.apply_b_dec_to_input:
                 d_b_dec -= made.bias @ given.weight[at]
             if unit:
-                project_(made.w_dec, self.w_dec.rows(at))
+                project_(made.w_dec, self.w_dec.rows(at))  # rows without a gradient have nothing to drop
             if square is not None:
                 square += made.w_dec.square().sum() + made.weight.square().sum()
             if update:
-                self._update(at, made, options, unit, generator)
+                self._update(block, at, made, options, unit, generator)
         return self._vectors(d_bias, d_b_dec, d_threshold, given), square
 
     def _update(
-        self, at: Rows, made: WeightGradients, options: AdamOptions, unit: bool, generator: torch.Generator | None
-    ) -> None:
+        self, block: slice | None, at: Rows, made: WeightGradients, options: AdamOptions, unit: bool,
+        generator: torch.Generator | None,
+    ) -> None:  # fmt: skip
+        if block is not None and isinstance(at, Tensor):
+            rows = at - block.start
+            spread = [self._spread(which, block, rows, g) for which, g in enumerate((made.w_dec, made.weight))]
+            made = made._replace(w_dec=spread[0], weight=spread[1])
+            self._update(block, block, made, options, unit, generator)
+            for whole in spread:
+                whole.index_fill_(0, rows, 0)
+            return
         silent = None
         if self.last is not None:
             silent = (self.steps - 1 - self.last[at])[:, None]
@@ -333,6 +343,13 @@ class TrainStep:
         if self._weighted:
             self.norms[at] = torch.linalg.vector_norm(widened(self.sae.W_dec[at]), dim=1).to(self.norms.dtype)
         self.weight.update(at, made.weight, options, False, silent, generator)
+
+    def _spread(self, which: int, block: slice, rows: Tensor, g: Tensor) -> Tensor:
+        """Gradients g of some rows of a range, among rows of 0; in a buffer that is 0 between calls."""
+        size = block.stop - block.start
+        if which not in self._zeros or self._zeros[which].shape[0] < size:
+            self._zeros[which] = g.new_zeros(size, g.shape[1])
+        return self._zeros[which][:size].index_copy_(0, rows, g)
 
     def _current_norms(self) -> Tensor:
         """‖W_dec[f]‖ as the last update left them; made anew where somebody else has written to W_dec since."""

@@ -60,8 +60,9 @@ def both(given: Part, weights: Weights, options: AdamOptions, **kind: Any) -> tu
             from fastsae.row_adam import project_
 
             blocks = RowBlocks.of(own, [given], [], lazy)
+            assert lazy or blocks.touched is None
             found |= {"want_norm": torch.zeros((), device=DEVICE), "want_bias": torch.zeros(F, device=DEVICE)}
-            for at, block in blocks:
+            for _, at, block in blocks:
                 project_(block.w_dec, states[0].rows(at))
                 found["want_norm"] += block.w_dec.square().sum() + block.weight.square().sum()
                 found["want_bias"][at] = block.bias
