@@ -188,6 +188,40 @@ def step_checks(device: torch.device) -> list[dict[str, Any]]:
     return rows
 
 
+def train_step_checks(device: torch.device) -> list[dict[str, Any]]:
+    """Losses of some steps of TrainStep by the kernels, in float32, against those in float64 on the CPU; of small
+    states only that the loss stays near."""
+    from fastsae.sae import SAE
+    from fastsae.step import TrainStep
+
+    rows, steps = [], 20 if device.type == "cuda" else 2
+    kinds: list[tuple[str, dict[str, Any]]] = [(rule, {}) for rule in ("topk", "relu", "batchtopk", "jumprelu")]
+    kinds += [("topk", {"state": state}) for state in ("bf16", "8bit", "rowwise")]
+    kinds += [("topk", {"betas": (0.0, 0.99)}), ("topk", {"clip": 1.0})]
+    for activation, how in kinds:
+        options: Any = {"d_in": 48, "d_sae": 512, "activation": activation, "k": 4, "l1_coefficient": 0.1, "seed": 3,
+                        "init_threshold": 1.5, "bandwidth": 0.2, "dead_after_tokens": 9, "k_aux": 8}  # fmt: skip
+        found = []
+        x = torch.randn(97 if device.type == "cuda" else 9, 48)
+        for where, dtype in ((device, torch.float32), (torch.device("cpu"), torch.float64)):
+            backend = "triton" if dtype == torch.float32 else "torch"
+            sae = SAE(**options, dtype=dtype, backend=backend, device=where)
+            with torch.no_grad():
+                sae.encoder.bias.fill_(-1.5 if activation == "relu" else 0.0)
+            step = TrainStep(sae, lr=1e-3, **({k: v for k, v in how.items() if dtype == torch.float32 or k != "state"}))
+            before = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("highest")
+            try:
+                losses = [step(x.to(where, dtype)).loss for _ in range(steps)]
+            finally:
+                torch.set_float32_matmul_precision(before)
+            found.append(torch.stack(losses).double().cpu())
+        error = float((found[0] / found[1] - 1).abs().max())
+        passed = error < (0.02 if "state" in how else 1e-3)
+        rows.append({"op": "TrainStep", "case": f"{activation} {how or ''}".strip(), "error": error, "passed": passed})
+    return rows
+
+
 def no_wait_checks(device: torch.device) -> list[dict[str, Any]]:
     """On a GPU: a step of each rule does not wait, and can be captured in a CUDA graph whose replay gives the same
     bits; {op, case, error (of the graph's gradients), passed}."""

@@ -86,6 +86,7 @@ class _Run:
         for op, ask, unit in (("decode", checks.decode_checks, "of what rounding allows"),
                               ("encode", checks.encode_checks, "of what rounding allows"),
                               ("step", checks.step_checks, "relative, float32"),
+                              ("TrainStep", checks.train_step_checks, "relative, of the loss"),
                               ("no wait", checks.no_wait_checks, "difference of a graph's replay")):
             try:
                 rows = ask(self.device)

@@ -75,6 +75,34 @@ def _step_table(result: Row) -> str:
     return f"{_caption(result['machine'])}\n\n{table}\n{'; '.join(sorted(sizes))}.\n"
 
 
+def _wide_table(result: Row) -> str:
+    """TrainStep against the width, on a CPU."""
+    from bench.wide import BACKWARD, UPDATE
+
+    body = []
+    for row in result["rows"]:
+        ratio = row[f"{BACKWARD} ms"] / row[f"{UPDATE} ms"] if f"{UPDATE} ms" in row else None
+        body.append([row["F"], row["N"], f"{row['step ms']:.0f}", f"{row['products']:.2f}", f"{row['kept_mb']:.0f}",
+                     f"{row['extra_mb']:.0f}", f"{8 * row['F'] * row['D'] / 1e6:.0f}",
+                     "" if ratio is None else f"{ratio:.2f} ×"])  # fmt: skip
+    table = _table(["latents F", "tokens N", "step, ms", "encoder products", "MB of parameters and state",
+                    "MB beyond, at the peak", "MB that gradients would take", f"{BACKWARD} instead of {UPDATE}"],
+                   body)  # fmt: skip
+    row = result["rows"][0]
+    return f"{_caption(result['machine'])}\n\n{table}\nD {row['D']}, K {row['K']}, float32.\n"
+
+
+def _quality_table(result: Row) -> str:
+    """What small states cost."""
+    body = [[row["data"], row["variant"], f"{sum(row['fve']) / len(row['fve']):.4f}",
+             f"{min(row['fve']):.4f} to {max(row['fve']):.4f}", f"{sum(row['l0']) / len(row['l0']):.1f}"]
+            for row in result["rows"]]  # fmt: skip
+    head = ["data", "state", "explained variance, held out", f"of {len(result['rows'][0]['fve'])} seeds", "L0"]
+    row = result["rows"][0]
+    sizes = f"F {row['F']}, K {row['K']}, {row['steps']} steps of 1024 tokens."
+    return f"{_caption(result['machine'])}\n\n{_table(head, body)}\n{sizes}\n"
+
+
 def _gpu_table(result: Row) -> str:
     rows = result["rows"]
     kernels = [
@@ -161,7 +189,7 @@ def _effects(row: Row) -> list[str]:
 
 
 TABLES: dict[str, Callable[[Row], str]] = {
-    "step": _step_table, "gpu": _gpu_table, "demo": _demo_table, "compile": _compile_table,
+    "step": _step_table, "wide": _wide_table, "quality": _quality_table, "gpu": _gpu_table, "demo": _demo_table, "compile": _compile_table,
 }  # fmt: skip
 
 

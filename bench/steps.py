@@ -26,8 +26,11 @@ def step_cases(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
         yield case("loss + backward", f"fastsae {rule}", lambda device, rule=rule: _ours(shape, dtype, device, rule))
     for rule in RULES[:2]:
         yield case("step", f"fastsae {rule}", lambda device, rule=rule: _ours(shape, dtype, device, rule, step=True))
-    yield Case("step", "TrainStep topk", shape, dtype,
-               lambda device: _train_step(shape, dtype, device), memory=_expected(shape, dtype))
+    for name, options in STATES.items():
+        if dtype == torch.bfloat16 or "bf16-sr" not in name:
+            yield Case("step", f"TrainStep topk, {name}", shape, dtype,
+                       lambda device, options=options: _train_step(shape, dtype, device, options),
+                       memory=_expected(shape, dtype, options))  # fmt: skip
     if shape.N * shape.F <= LARGEST_STEP and 2 * shape.F * shape.D <= LARGEST_STEP:
         yield case("step", "naive dense ReLU + L1", lambda device: _naive(shape, dtype, device))
         if shape.name != "tiny":
@@ -59,27 +62,32 @@ def _ours(shape: Shape, dtype: torch.dtype, device: torch.device, rule: str, ste
     return whole_step(sae, x) if step else loss_and_backward(sae, lambda: sae.loss(x).loss)
 
 
-def _state(dtype: torch.dtype) -> dict[str, Any]:
-    """Options of TrainStep, and of TrainConfig: what takes least memory without dropping momentum; fp32 stays whole."""
-    return {"state": "8bit", "master": "bf16-sr"} if dtype == torch.bfloat16 else {"state": "fp32"}
+# States of TrainStep that are timed, from the whole to the cheapest; options of TrainConfig.
+STATES: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "8bit, bf16-sr": {"state": "8bit", "master": "bf16-sr"},
+    "rowwise, bf16-sr, no momentum": {"state": "rowwise", "master": "bf16-sr", "beta1": 0.0},
+}
 
 
-def _train_step(shape: Shape, dtype: torch.dtype, device: torch.device) -> Call:
+def _train_step(shape: Shape, dtype: torch.dtype, device: torch.device, options: dict[str, Any]) -> Call:
     from fastsae.step import TrainStep
 
-    step = TrainStep(sae_for(shape, dtype, device, "topk"), lr=1e-6, **_state(dtype))
+    own = {name: value for name, value in options.items() if name != "beta1"}
+    betas = options.get("beta1", 0.9), 0.999
+    step = TrainStep(sae_for(shape, dtype, device, "topk"), lr=1e-6, betas=betas, **own)
     x = torch.randn(shape.N, shape.D, device=device, dtype=dtype)
     return lambda: step(x)
 
 
-def _expected(shape: Shape, dtype: torch.dtype) -> int:
+def _expected(shape: Shape, dtype: torch.dtype, options: dict[str, Any]) -> int:
     """Bytes that such a step allocates beside its state and x, by the estimate."""
     from fastsae.footprint import footprint
     from fastsae.recipe import TrainConfig
 
     name: Any = str(dtype).removeprefix("torch.")
     config = TrainConfig(
-        d_in=shape.D, d_sae=shape.F, k=shape.K, batch_size=shape.N, dtype=name, normalise="none", **_state(dtype)
+        d_in=shape.D, d_sae=shape.F, k=shape.K, batch_size=shape.N, dtype=name, normalise="none", **options
     )
     return footprint(config, "cuda").phase.total - 4 * shape.N * shape.D  # the batch in float32, which is x here
 

@@ -78,7 +78,8 @@ def test_a_case_that_fails_is_a_note_and_the_run_goes_on(tmp_path, monkeypatch, 
     monkeypatch.setattr(cases, "all_cases", lambda *given: [])
     monkeypatch.setattr(checks, "decode_checks", broken)
     monkeypatch.setattr(checks, "encode_checks", lambda device: [])
-    monkeypatch.setattr(checks, "step_checks", lambda device: [])
+    for name in ("step_checks", "train_step_checks"):
+        monkeypatch.setattr(checks, name, lambda device: [])
     assert dry_run("--out", str(tmp_path)) == 1
     result = json.loads(next(tmp_path.iterdir()).read_text())
     assert [row.get("note") for row in result["rows"]] == ["RuntimeError: no such kernel", None]
@@ -87,7 +88,8 @@ def test_a_case_that_fails_is_a_note_and_the_run_goes_on(tmp_path, monkeypatch, 
 
 def test_a_run_that_is_out_of_time_starts_no_case(tmp_path, monkeypatch, dry_run):
     monkeypatch.setattr(checks, "decode_checks", lambda device: [])
-    monkeypatch.setattr(checks, "step_checks", lambda device: [])
+    for name in ("step_checks", "train_step_checks"):
+        monkeypatch.setattr(checks, name, lambda device: [])
     assert dry_run("--seconds", "0", "--out", str(tmp_path)) == 0
     result = json.loads(next(tmp_path.iterdir()).read_text())
     assert result["rows"] and all(row["note"] == "not started: out of time" for row in result["rows"])
