@@ -113,6 +113,8 @@ class _Run:
             if (case.op, case.variant) == ("part", "topk repair"):
                 call = None
                 row |= encoders.effort(case.shape, case.dtype, self.device)
+        except shapes.TooLarge as error:
+            row["note"] = str(error)
         except torch.cuda.OutOfMemoryError:
             row["note"] = "out of memory"
         except Exception as error:  # a case that fails must not cost the rest of the run
@@ -130,6 +132,9 @@ class _Run:
             found["tflop_per_s"] = case.operations / ms / 1e9
         if case.traffic and not self.dry:
             found["gb_per_s"] = case.traffic / ms / 1e6
+            copies = [row["gb_per_s"] for row in self.rows if row["op"] == "copy" and "gb_per_s" in row]
+            if copies:
+                found["share_of_copy"] = found["gb_per_s"] / max(copies)
         if case.op not in ("copy", "matmul", "encoder"):
             key = case.row()
             for row in self.rows:
@@ -144,6 +149,8 @@ class _Run:
             return f"{head} {row['note']}"
         rates = {"tflop_per_s": "TFLOP/s", "gb_per_s": "GB/s", "gemms": "encoder products"}
         derived = "".join(f"  {row[key]:,.1f} {unit}" for key, unit in rates.items() if key in row)
+        if "share_of_copy" in row:
+            derived += f" ({row['share_of_copy']:.0%} of a copy's)"
         if "rows_failed" in row:
             derived += f"  {row['rows_failed']:.2%} of rows failed, {row['rows_exact']:.0f} exact"
         memory = "" if row["peak_mib"] is None else f"  {row['peak_mib']:,.0f} MiB"

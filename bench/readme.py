@@ -189,7 +189,8 @@ def _effects(row: Row) -> list[str]:
 
 
 TABLES: dict[str, Callable[[Row], str]] = {
-    "step": _step_table, "wide": _wide_table, "quality": _quality_table, "gpu": _gpu_table, "demo": _demo_table, "compile": _compile_table,
+    "step": _step_table, "wide": _wide_table, "quality": _quality_table, "gpu": _gpu_table, "demo": _demo_table,
+    "compile": _compile_table,
 }  # fmt: skip
 
 

@@ -33,6 +33,10 @@ TINY = [Shape("tiny", 3, 32, 256, 4)]  # for a dry run
 LARGEST_STEP = 2**31  # elements of [N, F] and twice those of [F, D]; past it a dense step fits no GPU we know of
 
 
+class TooLarge(Exception):
+    """Why a case was not even tried."""
+
+
 @dataclass(frozen=True)
 class Case:
     """build() gives the call to be timed, after checking it; work and traffic are in operations and bytes. memory:
