@@ -202,7 +202,7 @@ def train_step_checks(device: torch.device) -> list[dict[str, Any]]:
         options: Any = {"d_in": 48, "d_sae": 512, "activation": activation, "k": 4, "l1_coefficient": 0.1, "seed": 3,
                         "init_threshold": 1.5, "bandwidth": 0.2, "dead_after_tokens": 9, "k_aux": 8}  # fmt: skip
         found = []
-        x = torch.randn(97 if device.type == "cuda" else 9, 48)
+        x = torch.randn(97 if device.type == "cuda" else 3, 48)
         for where, dtype in ((device, torch.float32), (torch.device("cpu"), torch.float64)):
             backend = "triton" if dtype == torch.float32 else "torch"
             sae = SAE(**options, dtype=dtype, backend=backend, device=where)

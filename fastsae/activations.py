@@ -80,13 +80,17 @@ class Rule:
     def pre_activations(self, rows: Tensor) -> Tensor:
         return ops.pre_activations(rows, self.sae.encoder.weight, self.sae.encoder.bias, self.sae.centre)
 
-    def autoencode(self, rows: Tensor, wanted: Tensor | None, **more: Any) -> Autoencoded:
-        """Without wanted only x̂ means something."""
-        sae = self.sae
+    def autoencode(self, rows: Tensor, wanted: Tensor | None, first: int | None = None, **more: Any) -> Autoencoded:
+        """Without wanted only x̂ means something. first: of how many latents, of all F by default."""
+        sae, options = self.sae, self.options | more
+        weight, bias, w_dec = sae.encoder.weight, sae.encoder.bias, sae.W_dec
+        if first is not None:
+            weight, bias, w_dec = weight[:first], bias[:first], w_dec[:first]
+            options |= {name: options[name][:first] for name in ("threshold", "norms") if options.get(name) is not None}
+            options |= {"k": min(options["k"], first)} if "k" in options else {}
         return autoencode(
-            rows, sae.encoder.weight, sae.encoder.bias, sae.W_dec, sae.b_dec,
-            target=wanted, centred=sae.cfg.apply_b_dec_to_input, backend=sae.cfg.backend, room=sae.room,
-            **(self.options | more),
+            rows, weight, bias, w_dec, sae.b_dec, target=wanted, centred=sae.cfg.apply_b_dec_to_input,
+            backend=sae.cfg.backend, room=sae.room, **options,
         )  # fmt: skip
 
     def parts(self, rows: Tensor, wanted: Tensor) -> Parts:

@@ -90,7 +90,7 @@ class FusedRows:
         factor = torch.ones((), device=norms.device) if options.factor is None else options.factor.float()
         adam = kernel.Adam(options.lr, options.beta1, options.beta2, options.eps,
                            1 - options.lr * options.weight_decay, options.t, seed, factor)  # fmt: skip
-        w_dec, weight = (_matrix(state) for state in states)
+        w_dec, weight = (_matrix(state, self.given.bias.numel()) for state in states)
         for code, extra in self._launches():
             kernel.row_update(
                 code, self.values, self.d_pre, self.g, self.x, w_dec, weight, adam, state=states[0].state,
@@ -131,7 +131,8 @@ def _rows(t: Tensor) -> Tensor:
     return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
 
 
-def _matrix(state: RowAdam) -> Matrix:
+def _matrix(state: RowAdam, first: int) -> Matrix:
+    """Of the first latents."""
     from fastsae.kernels.row_update import Matrix
 
     def of(moment: Moment | None) -> tuple[Tensor | None, Tensor | None]:
@@ -139,5 +140,5 @@ def _matrix(state: RowAdam) -> Matrix:
             return moment.codes, moment.scales
         return (moment.data if isinstance(moment, (Whole, PerRow)) else None), None
 
-    m, v = of(state.m), of(state.v)
-    return Matrix(state.weight, state.copy, *m, *v)  # type: ignore[arg-type]
+    tensors = state.weight, state.copy, *of(state.m), *of(state.v)
+    return Matrix(*(None if t is None else t[:first] for t in tensors))  # type: ignore[arg-type]

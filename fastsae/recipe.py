@@ -72,6 +72,8 @@ class TrainConfig(SAEConfig):
     weights themselves, with stochastic rounding."""
     lazy: bool = False
     """Whether latents that did not fire wait, moments and all, which is an approximation unless beta1 is 0."""
+    dead_every: int = 1
+    """Dead latents are evaluated and trained in every dead_every-th step only; the others work on the living alone."""
     k_start: int = 0
     """topk, batchtopk: latents kept per token at the start; 0 means k."""
     k_anneal: float = 0.0
@@ -100,7 +102,7 @@ class TrainConfig(SAEConfig):
         for name in ("d_in", "d_sae", "tokens", "dead_after_tokens", "init_l0"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
-        for name in ("batch_size", "resample_inputs", "log_every", "checkpoint_every"):
+        for name in ("batch_size", "resample_inputs", "log_every", "checkpoint_every", "dead_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("lr", "clip"):

@@ -11,58 +11,24 @@ Axes: N tokens, F dictionary size, D width, B rows at a time.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastsae import auxk, fused_rows
+from fastsae import auxk, fused_rows, living
 from fastsae.errors import ConfigError, DataError
 from fastsae.gradients import WeightGradients, widened
 from fastsae.moments import Rows, State
 from fastsae.row_adam import AdamOptions, RowAdam, project_
 from fastsae.row_blocks import Dead, Part, RowBlocks, Weights
 from fastsae.sae import SAE, explained
+from fastsae.step_options import ClipBy, Master, StepMetrics, Sums, check
 
 # Through all rows once, with options, and whether the norm is wanted and the update is: `TrainStep._pass`.
 Pass = Callable[..., tuple[dict[str, Tensor], Tensor | None]]
-Master = Literal["fp32", "bf16-sr"]
-ClipBy = Literal["exact", "previous"]
-OPTIMIZERS = ("adam", "adamw")
-
-
-@dataclass(frozen=True, eq=False)
-class StepMetrics:
-    """Scalars on the SAE's device; asking for their numbers waits for it.
-
-    loss = mse + penalty · sparsity + aux, mse, sparsity, aux: as in `SAE.loss`, over all rows of the update. l0: active
-    latents per row. fve: of the last micro-batch. grad_norm: of all gradients together before clipping, None where
-    nobody asked for it.
-    """
-
-    loss: Tensor
-    mse: Tensor
-    sparsity: Tensor
-    aux: Tensor
-    l0: Tensor
-    fve: Tensor
-    grad_norm: Tensor | None
-
-
-@dataclass(eq=False)
-class _Sums:
-    """Over the rows of the micro-batches so far."""
-
-    rows: int
-    mse: Tensor
-    sparsity: Tensor
-    aux: Tensor
-    l0: Tensor
-    fve: Tensor
 
 
 class TrainStep:
@@ -77,6 +43,10 @@ class TrainStep:
     for their norm; "previous" takes the norm of the step before, and no limit in the first.
     lazy: whether latents that were not touched wait, moments and all, until they are, which is an *approximation* for
     β₁ > 0, where Adam goes on moving them. With β₁ = 0 and no weight decay it is no approximation, and always done.
+    dead_every: in which steps dead latents (silent for the SAE's dead_after_tokens) are evaluated and trained: in every
+    dead_every-th. In the others only the living are there, and the encoder's product shrinks to those. Dead ones then
+    rest, moments and all, and come back later than they would. Until `restore_order()` is called the latents stand in
+    another order, the living first; `order` [F] says which latent stands where.
     seed: of the random rounding.
 
     lr, penalty (a factor of the sparsity penalty, for its warm-up) and k (of topk and batchtopk, None for the SAE's)
@@ -91,9 +61,10 @@ class TrainStep:
     def __init__(
         self, sae: SAE, optimizer: str = "adam", *, lr: float = 3e-4, betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8, weight_decay: float = 0.0, state: State = "fp32", master: Master = "fp32",
-        clip: float = 0.0, clip_by: ClipBy = "exact", lazy: bool = False, seed: int = 0,
+        clip: float = 0.0, clip_by: ClipBy = "exact", lazy: bool = False, dead_every: int = 1,
+        seed: int = 0,
     ) -> None:  # fmt: skip
-        _check(sae, optimizer, lr, betas, eps, weight_decay, state, master, clip, clip_by, lazy)
+        check(sae, optimizer, lr, betas, eps, weight_decay, state, master, clip, clip_by, lazy, dead_every)
         self.sae, self.lr, self.betas, self.eps, self.weight_decay = sae, lr, betas, eps, weight_decay
         self.clip, self.clip_by, self.seed = clip, clip_by, seed
         self.penalty = 1.0
@@ -111,11 +82,14 @@ class TrainStep:
         self.last = torch.zeros(sae.cfg.d_sae, dtype=torch.int32, device=sae.device) if waits else None
         self.norm = torch.zeros((), dtype=torch.promote_types(sae.dtype, torch.float32), device=sae.device)
         self.norms, self._version = torch.empty(sae.cfg.d_sae, device=sae.device), -1
+        self.dead_every, self.living = dead_every, sae.cfg.d_sae
+        self.order = torch.arange(sae.cfg.d_sae, device=sae.device) if dead_every > 1 else None
         self._weighted = bool(sae.rule.options.get("weighted"))
+        self._used: int | None = None  # latents that the update under way works on
         self._zeros: dict[int, Tensor] = {}
         self._parts: list[Part] = []
         self._dead: list[Dead] = []
-        self._sums: _Sums | None = None
+        self._sums: Sums | None = None
         self._norms: Tensor | None = None
 
     # --- what a user calls ------------------------------------------------------------------------------------------
@@ -135,9 +109,11 @@ class TrainStep:
         if not sae.training:
             raise DataError("the SAE is in evaluation mode; call sae.train() before the next step")
         rows, wanted, _ = sae.prepared(x, target, mask)
-        rule = sae.rule
+        if self._sums is None:
+            self._used = self._first()
+        rule, first = sae.rule, self._used
         more = rule.training_options | ({} if self.k is None else {"k": self.k})
-        made = rule.autoencode(rows, wanted, **more, whole=True, norms=self._current_norms())
+        made = rule.autoencode(rows, wanted, first, **more, whole=True, norms=self._current_norms())
         centred = rows - sae.b_dec if sae.cfg.apply_b_dec_to_input else rows
         out = made.residual.mul_(2)
         self._norms = made.norms if made.norms.numel() else None
@@ -147,7 +123,7 @@ class TrainStep:
             for coefficient in (of_l1, of_l0)
         )
         aux = made.error.new_zeros(())
-        dead = rule.dead()
+        dead = rule.dead() if first is None else {}
         if dead and rows.shape[0]:
             which, is_dead = dead["dead"], dead["is_dead"]
             weights = auxk.take(which, is_dead, sae.encoder.weight, sae.encoder.bias, sae.W_dec)
@@ -162,9 +138,12 @@ class TrainStep:
             sae.explain_not_finite(rows, wanted)
         self._parts.append(Part(centred, out, made.values, made.indices, made.counts, pull_l1, pull_l0))
         rule.observe(made)
-        sae.count_fired(made.fired > 0, rows.shape[0])
+        fired = made.fired > 0
+        if first is not None:
+            fired = _padded(fired, sae.cfg.d_sae)
+        sae.count_fired(fired, rows.shape[0])
         fve = explained(mse / max(rows.shape[0], 1), wanted)
-        self._add(_Sums(rows.shape[0], mse, sparsity, aux, made.l0.sum(), fve))
+        self._add(Sums(rows.shape[0], mse, sparsity, aux, made.l0.sum(), fve))
 
     @torch.no_grad()
     def update(self) -> StepMetrics:
@@ -182,8 +161,11 @@ class TrainStep:
         self.steps += 1
         options = AdamOptions(self.lr, *self.betas, self.eps, self.weight_decay, self.steps)
         grad_norm = self._update_rows(options)
-        self._version = _version_of(self.sae)
         self._forget()
+        if self.order is not None and (self.steps - 1) % self.dead_every == 0:
+            dead = self.sae.tokens_since_fired >= self.sae.cfg.dead_after_tokens
+            self.living = living.living_first(self.order, dead, self._of_latents) or self.sae.cfg.d_sae
+        self._version = _version_of(self.sae)
         mse, sparsity, aux = sums.mse / n, sums.sparsity / n, sums.aux / n
         return StepMetrics(
             mse + self.penalty * sparsity + aux, mse, sparsity, aux, sums.l0 / n, sums.fve, grad_norm
@@ -202,17 +184,42 @@ class TrainStep:
                 if state.copy is not None:
                     state.copy[0, at] = state.weight[0, at].to(state.copy.dtype)
 
+    @torch.no_grad()
+    def restore_order(self) -> None:
+        """Every latent goes back to its place; only dead_every takes them away from it. The next step evaluates all."""
+        if self.order is not None:
+            living.restore(self.order, self._of_latents)
+            self.living = self.sae.cfg.d_sae
+
+    @property
+    def _of_latents(self) -> list[Tensor]:
+        """All tensors that have a row for each latent."""
+        sae = self.sae
+        found = [sae.encoder.weight, sae.W_dec, sae.encoder.bias, sae.tokens_since_fired, self.norms]
+        found += [*self.w_dec.tensors.values(), *self.weight.tensors.values()]
+        for name in ("bias", "log_threshold"):
+            if name in self.vectors:
+                found += [t[0] for t in self.vectors[name].tensors.values()]
+        if "log_threshold" in self.vectors:
+            found.append(sae.log_threshold)
+        return [t.detach() for t in found + ([] if self.last is None else [self.last])]
+
+    def _first(self) -> int | None:
+        """How many latents the next update works on; None for all."""
+        return None if self.steps % self.dead_every == 0 or self.living == self.sae.cfg.d_sae else self.living
+
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The optimizer's state by name, the very tensors: what a checkpoint holds beside the SAE and `numbers`."""
         states = {"W_dec": self.w_dec, "encoder.weight": self.weight, **self.vectors}
         found = {f"{name}.{part}": t for name, state in states.items() for part, t in state.tensors.items()}
-        return found | {"norm": self.norm} | ({} if self.last is None else {"last": self.last})
+        more = {"norm": self.norm, "last": self.last, "order": self.order}
+        return found | {name: t for name, t in more.items() if t is not None}
 
     @property
     def numbers(self) -> dict[str, int]:
         """The rest of it."""
-        return {"steps": self.steps}
+        return {"steps": self.steps, "living": self.living}
 
     def state_dict(self) -> dict[str, Any]:
         """`tensors` and `numbers` in one dictionary; between updates (what is accumulated is not in it)."""
@@ -221,11 +228,11 @@ class TrainStep:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """What state_dict gave, of a TrainStep with the same options. Raises ConfigError where it does not fit."""
         there = self.tensors
-        missing, more = sorted(set(there) - set(state)), sorted(set(state) - set(there) - {"steps"})
-        if missing or more or "steps" not in state:
+        missing, more = sorted(set(there) - set(state)), sorted(set(state) - set(there) - set(self.numbers))
+        if missing or more or not set(self.numbers) <= set(state):
             raise ConfigError(
                 f"the state of another kind of TrainStep: missing {missing or 'nothing'}, not known "
-                f"{more or 'nothing'}; make the TrainStep with the same state, master, betas and lazy"
+                f"{more or 'nothing'}; make the TrainStep with the same options"
             )
         for name, t in there.items():
             if state[name].shape != t.shape or state[name].dtype != t.dtype:
@@ -235,15 +242,16 @@ class TrainStep:
                 )
         for name, t in there.items():
             t.copy_(state[name])
-        self.steps = int(state["steps"])
+        self.steps, self.living = int(state["steps"]), int(state["living"])
 
     # --- the update -------------------------------------------------------------------------------------------------
 
     def _update_rows(self, options: AdamOptions) -> Tensor | None:
         sae = self.sae
-        threshold = sae.threshold if sae.cfg.activation == "jumprelu" else None
+        at = slice(0, self._used)
+        threshold = sae.threshold[at] if sae.cfg.activation == "jumprelu" and sae.threshold is not None else None
         given = Weights(
-            sae.encoder.weight, sae.encoder.bias, sae.W_dec, threshold, sae.cfg.bandwidth, self._norms
+            sae.encoder.weight[at], sae.encoder.bias[at], sae.W_dec[at], threshold, sae.cfg.bandwidth, self._norms
         )
         clips = self.clip > 0
         passes = self._fused_passes(given) if fused_rows.fits(given, self._parts, sae.cfg.backend) else None
@@ -257,7 +265,8 @@ class TrainStep:
         if square is not None:
             self._keep_norm(vectors, square)
         for name, g in vectors.items():
-            self.vectors[name].update(slice(None), widened(g).view(1, -1), options, False)
+            size = self.vectors[name].weight.shape[1]
+            self.vectors[name].update(slice(None), _padded(widened(g), size).view(1, -1), options, False)
         return self.norm.clone() if clips else None
 
     def _keep_norm(self, vectors: dict[str, Tensor], square: Tensor | None) -> None:
@@ -280,16 +289,17 @@ class TrainStep:
     def _fused_passes(self, given: Weights) -> Pass:
         """By the kernels."""
         sae, unit = self.sae, self.sae.cfg.decoder_norm == "unit"
-        rows = fused_rows.FusedRows(given, self._parts, self._dead, self.last)
+        at = slice(0, given.bias.numel())
+        rows = fused_rows.FusedRows(given, self._parts, self._dead, None if self.last is None else self.last[at])
         d_b_dec = self._of_output()
         if sae.cfg.apply_b_dec_to_input:
             d_b_dec -= rows.d_bias @ given.weight
         vectors = self._vectors(rows.d_bias, d_b_dec, rows.d_threshold, given)
 
         def run(options: AdamOptions, wants_norm: bool, update: bool) -> tuple[dict[str, Tensor], Tensor | None]:
-            square = torch.zeros(sae.cfg.d_sae, device=sae.device) if wants_norm else None
+            square = torch.zeros(given.bias.shape, device=sae.device) if wants_norm else None
             seed = (self.seed * 1_000_003 + self.steps) % 2**31
-            rows.run((self.w_dec, self.weight), options, unit, seed, self.norms, square, update)
+            rows.run((self.w_dec, self.weight), options, unit, seed, self.norms[at], square, update)
             return vectors, None if square is None else square.sum()
 
         return run
@@ -366,7 +376,7 @@ class TrainStep:
         """Of this step's rounding: the same for the same seed and step, however the run was cut."""
         return torch.Generator(self.sae.device).manual_seed((self.seed * 1_000_003 + self.steps) % 2**63)
 
-    def _add(self, more: _Sums) -> None:
+    def _add(self, more: Sums) -> None:
         so_far = self._sums
         if so_far is None:
             self._sums = more
@@ -379,38 +389,11 @@ class TrainStep:
         self._parts, self._dead, self._sums, self._norms = [], [], None, None
 
 
+def _padded(t: Tensor, size: int) -> Tensor:
+    """t [n] with zeros after it: [size]."""
+    return t if t.numel() == size else torch.cat([t, t.new_zeros(size - t.numel())])
+
+
 def _version_of(sae: SAE) -> int:
     """Grows with every operation of torch that writes to W_dec."""
     return sae.W_dec._version
-
-
-def _check(
-    sae: Any, optimizer: str, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, state: str,
-    master: str, clip: float, clip_by: str, lazy: bool,
-) -> None:  # fmt: skip
-    if not isinstance(sae, SAE):
-        raise ConfigError(f"TrainStep takes a fastsae.SAE, got {type(sae).__name__}")
-    choices = {"optimizer": (optimizer, OPTIMIZERS), "state": (state, get_args(State)),
-               "master": (master, get_args(Master)), "clip_by": (clip_by, get_args(ClipBy))}  # fmt: skip
-    for name, (value, allowed) in choices.items():
-        if value not in allowed:
-            raise ConfigError(
-                f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}"
-                + ("; for any other optimizer use sae.loss(x).loss.backward()" if name == "optimizer" else "")
-            )
-    numbers = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "clip": clip}
-    for name, value in numbers.items():
-        if not 0 <= value < math.inf:
-            raise ConfigError(f"{name} must be a finite number ≥ 0, got {value!r}")
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ConfigError(f"betas must be two numbers in [0, 1), got {betas!r}")
-    if weight_decay and optimizer == "adam":
-        raise ConfigError(f"adam has no weight decay here, got weight_decay={weight_decay}; take optimizer='adamw'")
-    if lazy and weight_decay:
-        raise ConfigError("lazy leaves latents alone that weight decay would move; choose one of them")
-    if master == "bf16-sr" and sae.dtype != torch.bfloat16:
-        raise ConfigError(
-            f"master='bf16-sr' updates bfloat16 weights, the SAE's are {sae.dtype}; make it with dtype='bfloat16'"
-        )
-    if sae.dtype == torch.float64 and state != "fp32":
-        raise ConfigError(f"a float64 SAE keeps float64 moments, got state={state!r}; leave state at 'fp32'")

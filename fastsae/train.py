@@ -153,13 +153,13 @@ class _Run:
         self.sae = SAE(config.sae, device=device) if saved else start(config, store, device)
         self.train_step = TrainStep(
             self.sae, betas=(config.beta1, config.beta2), state=config.state, master=config.master, clip=config.clip,
-            clip_by=config.clip_by, lazy=config.lazy, seed=config.seed,
+            clip_by=config.clip_by, lazy=config.lazy, dead_every=config.dead_every, seed=config.seed,
         )  # fmt: skip
         if saved:
             about = shards.about(saved)
             shards.read(saved, into=self.tensors)
             self.step, self.resampled = about["step"], about["resampled"]
-            self.train_step.steps = about["steps"]
+            self.train_step.steps, self.train_step.living = about["steps"], about["living"]
         if out is not None:
             truncate_log(out / LOG, self.step)
 
@@ -203,6 +203,7 @@ class _Run:
 
     def finish(self) -> SAE:
         """Save the SAE in its final form, drop the checkpoint."""
+        self.train_step.restore_order()
         self.sae.eval()
         if self.out is not None:
             self.sae.save_pretrained(self.out / FOLDER)
