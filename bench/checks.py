@@ -195,11 +195,14 @@ def train_step_checks(device: torch.device) -> list[dict[str, Any]]:
     from fastsae.step import TrainStep
 
     rows, steps = [], 20 if device.type == "cuda" else 2
+    d_sae = 512 if device.type == "cuda" else 64  # each latent is a program, of which the interpreter makes 30 a second
     kinds: list[tuple[str, dict[str, Any]]] = [(rule, {}) for rule in ("topk", "relu", "batchtopk", "jumprelu")]
     kinds += [("topk", {"state": state}) for state in ("bf16", "8bit", "rowwise")]
     kinds += [("topk", {"betas": (0.0, 0.99)}), ("topk", {"clip": 1.0})]
+    if device.type == "cpu":  # the interpreter is slow; tests/test_row_update.py has them all
+        kinds = [kinds[0], kinds[1], kinds[5], kinds[8]]
     for activation, how in kinds:
-        options: Any = {"d_in": 48, "d_sae": 512, "activation": activation, "k": 4, "l1_coefficient": 0.1, "seed": 3,
+        options: Any = {"d_in": 48, "d_sae": d_sae, "activation": activation, "k": 4, "l1_coefficient": 0.1, "seed": 3,
                         "init_threshold": 1.5, "bandwidth": 0.2, "dead_after_tokens": 9, "k_aux": 8}  # fmt: skip
         found = []
         x = torch.randn(97 if device.type == "cuda" else 3, 48)

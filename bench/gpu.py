@@ -96,6 +96,9 @@ class _Run:
                 if not row["passed"]:
                     print(f"WRONG  {row['op']} {row['case']}: error {row['error']:.3g}")
             worst = max((row["error"] for row in rows), default=0.0)
+            if not rows:
+                print(f"checks of {op}: none without a GPU", flush=True)
+                continue
             print(f"{len(rows)} checks of {op}: error at most {worst:.2g} ({unit})", flush=True)
             self.checks += rows
         self.save()

@@ -132,7 +132,7 @@ def train(
     import fastsae
 
     fastsae.train(fastsae.ActivationStore(store), config, out, resume=resume)
-    return json.loads((out / "train.json").read_text(encoding="utf-8"))
+    return {**json.loads((out / "train.json").read_text(encoding="utf-8")), "sae": str(out / "sae")}
 
 
 def evaluate(
@@ -195,7 +195,8 @@ def analyze(
     if other_sae is not None and other_model is not None:
         other = (load_sae(other_sae), _load_model(other_model)[0])
     documents = corpus.load(text, "heldout", text_field)
-    return run(load_sae(sae), network, tokenizer, documents, hook, out, config, other=other)
+    found = run(load_sae(sae), network, tokenizer, documents, hook, out, config, other=other)
+    return {**found, "report": str(out / "report.html")}
 
 
 def _load_model(name: str) -> tuple[Any, Any]:

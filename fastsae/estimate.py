@@ -38,7 +38,7 @@ from fastsae.recipe import TrainConfig
 __all__ = ["Estimate", "Switch", "check_fits", "estimate"]
 
 LEAST_BATCH = 256
-# A random number on the CPU, where torch draws them one by one; on a GPU they cost nothing beside memory. Measured.
+# A random number on the CPU, where torch draws them one by one; on a GPU they cost nothing beside memory. Roughly.
 RANDOM_SECONDS = 4e-9
 # Operations of a step beside, and of each block of rows, by how the moments are kept: about.
 STEP_OPERATIONS = 200

@@ -115,8 +115,8 @@ class TrainStep:
         more = rule.training_options | ({} if self.k is None else {"k": self.k})
         made = rule.autoencode(rows, wanted, first, **more, whole=True, norms=self._current_norms())
         centred = rows - sae.b_dec if sae.cfg.apply_b_dec_to_input else rows
-        out = made.residual.mul_(2)
-        self._norms = made.norms if made.norms.numel() else None
+        out = made.residual.to(rows.dtype).mul_(2)  # under autocast it comes in that dtype
+        self._norms = made.norms.to(rows.dtype) if made.norms.numel() else None
         of_l1, of_l0 = rule.coefficients
         pull_l1, pull_l0 = (
             made.l1.new_full(made.l1.shape, coefficient * self.penalty) if coefficient * self.penalty else None
@@ -127,7 +127,8 @@ class TrainStep:
         if dead and rows.shape[0]:
             which, is_dead = dead["dead"], dead["is_dead"]
             weights = auxk.take(which, is_dead, sae.encoder.weight, sae.encoder.bias, sae.W_dec)
-            pull = auxk.pull_of(centred, out / -2, weights, dead["k_aux"])
+            with torch.autocast(sae.device.type, enabled=False):
+                pull = auxk.pull_of(centred, out / -2, weights, dead["k_aux"])
             aux = sae.cfg.aux_coefficient * pull.error.sum()
             pull.out.mul_(sae.cfg.aux_coefficient)
             self._dead.append(Dead(pull, which, is_dead))
@@ -160,7 +161,8 @@ class TrainStep:
             one.pull.out.div_(n)
         self.steps += 1
         options = AdamOptions(self.lr, *self.betas, self.eps, self.weight_decay, self.steps)
-        grad_norm = self._update_rows(options)
+        with torch.autocast(self.sae.device.type, enabled=False):
+            grad_norm = self._update_rows(options)
         self._forget()
         if self.order is not None and (self.steps - 1) % self.dead_every == 0:
             dead = self.sae.tokens_since_fired >= self.sae.cfg.dead_after_tokens

@@ -345,3 +345,21 @@ def test_decoder_norms_are_those_of_weights_written_from_outside():
         step(x)
         by_autograd(theirs, [x], optimizer)
     same(ours, theirs, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("options", [RULES[0], RULES[1], RULES[4], RULES[5], RULES[6]])
+def test_under_autocast_only_the_forward_pass_is_rounded(options):
+    ours, theirs = make(options), make(options)
+    step, optimizer = TrainStep(ours, lr=1e-3), torch.optim.Adam(theirs.parameters(), lr=1e-3)
+    norm = DecoderNorm(theirs)
+    for x in batches(8):
+        with torch.autocast("cpu", torch.bfloat16):
+            got = step(x)
+            want = theirs.loss(x).loss
+        want.backward()
+        norm.project_gradient_()
+        optimizer.step()
+        optimizer.zero_grad()
+        norm.renormalise_()
+        torch.testing.assert_close(got.loss, want.detach(), rtol=0.03, atol=0.03)
+    assert all(torch.isfinite(p).all() and p.dtype == torch.float32 for p in ours.parameters())
