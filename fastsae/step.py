@@ -52,7 +52,7 @@ class TrainStep:
     lr, penalty (a factor of the sparsity penalty, for its warm-up) and k (of topk and batchtopk, None for the SAE's)
     may be set between steps. decoder_norm, k and the rest are the SAE's own configuration; `tokens_since_fired` is
     counted as in `SAE.loss`. Gradients of parameters (`p.grad`) stay None. On a CUDA device the kernels run, where D is
-    at most 4096, and topk waits for nothing; the codes of the other rules wait for their size.
+    at most 4096, and topk waits for nothing; the codes of the other rules wait for their size. One process, one GPU.
 
     Raises ConfigError for options that cannot be meant, DataError for a loss that is not finite (on the CPU, where
     asking costs nothing) and for shapes that do not fit.
@@ -169,9 +169,8 @@ class TrainStep:
             self.living = living.living_first(self.order, dead, self._of_latents) or self.sae.cfg.d_sae
         self._version = _version_of(self.sae)
         mse, sparsity, aux = sums.mse / n, sums.sparsity / n, sums.aux / n
-        return StepMetrics(
-            mse + self.penalty * sparsity + aux, mse, sparsity, aux, sums.l0 / n, sums.fve, grad_norm
-        )
+        loss = mse + self.penalty * sparsity + aux
+        return StepMetrics(loss, mse, sparsity, aux, sums.l0 / n, sums.fve, grad_norm)
 
     def reset_rows(self, which: Tensor) -> None:
         """Adam begins again for some latents, [F] bool or [B] int64, whose weights were set from outside."""
