@@ -43,7 +43,7 @@ def to_bfloat16(value, bits):
 
 @triton.jit
 def share_of(c, SIGNED: tl.constexpr):
-    share = c / (127.0 if SIGNED else 255.0)
+    share = c * ((1.0 / 127.0) if SIGNED else (1.0 / 255.0))
     share = share * share
     if not SIGNED:
         share = share * share
@@ -76,15 +76,16 @@ def write_moment(ptr, scales_ptr, value, bits, f, d, D, STATE: tl.constexpr, SIG
         group = tl.arange(0, GROUPS)
         blocks = (D + QUANTISED - 1) // QUANTISED
         tl.store(scales_ptr + f * blocks + group, scale, mask=group < blocks)
-        each = tl.reshape(tl.broadcast_to(scale[:, None], [GROUPS, WIDTH]), [BLOCK_D])
-        share = tl.minimum(magnitude / tl.maximum(each, 1.17549435e-38), 1.0)
+        # Of each group, not of each element: with a division for each Triton 3.6 spills.
+        inverse = tl.where(scale > 1e-37, 1.0 / scale, 0.0)
+        each = tl.reshape(tl.broadcast_to(inverse[:, None], [GROUPS, WIDTH]), [BLOCK_D])
+        share = tl.minimum(magnitude * each, 1.0)
         most = 127.0 if SIGNED else 255.0
         root = tl.sqrt(share)
         c = tl.floor((root if SIGNED else tl.sqrt(root)) * most)
         low = share_of(c, SIGNED)
-        up = (share - low) / (share_of(c + 1.0, SIGNED) - low)
         random = (bits >> 8).to(tl.float32) * (1.0 / 16777216.0)
-        c = tl.minimum(c + tl.where(random < up, 1.0, 0.0), most)
+        c = tl.minimum(c + tl.where(random * (share_of(c + 1.0, SIGNED) - low) < share - low, 1.0, 0.0), most)
         if SIGNED:
             c = tl.where(value < 0, -c, c)
         tl.store(at, c.to(ptr.dtype.element_ty), mask=d < D)
@@ -129,7 +130,7 @@ def update_row(
         v = read_moment(v_ptr, v_scales_ptr, f, d, D, STATE, False)
         v = beta2 * (v * old) + (1 - beta2) * g * g
         write_moment(v_ptr, v_scales_ptr, v, noise(seed, f, which + 1, d), f, d, D, STATE, False, BLOCK_D)
-    spread = tl.sqrt(v / second) + eps
+    spread = tl.sqrt(v * (1.0 / second)) + eps
     m = g
     if HAS_M:
         MOMENT: tl.constexpr = "bf16" if STATE == "rowwise" else STATE
@@ -303,13 +304,13 @@ class Adam(NamedTuple):
 
 
 def warps(block_d: int) -> int:
-    """8 elements of a row a thread: with 16 the assembler spills in 8 bits, whatever registers it may take."""
+    """8 elements of a row a thread: with 16 the assembler spills in 8 bits where rows are narrow."""
     return max(1, min(16, block_d // 256))
 
 
 def registers(block_d: int) -> int:
     """That a thread may use: as many as 16 warps can have, or what odd widths need not to spill."""
-    return 128 if warps(block_d) == 16 else 168
+    return 128 if warps(block_d) == 16 else 255
 
 
 def row_update(
