@@ -175,6 +175,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     right.plot([row["F"] for row in some], gradient, ":", color="#777777", label="[F, D] gradients, which are not made")
     for axes, name in ((left, "ms"), (right, "MB")):
         axes.set(xscale="log", yscale="log", xlabel="latents F", ylabel=name)
-        axes.legend(frameon=False, fontsize=8)
+        axes.set_ylim(axes.get_ylim()[0], axes.get_ylim()[1] * 30)  # room for the legend above the lines
+        axes.legend(frameon=False, fontsize=8, loc="upper left")
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
