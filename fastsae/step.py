@@ -81,7 +81,7 @@ class TrainStep:
         waits = lazy or (betas[0] == 0 and not weight_decay)
         self.last = torch.zeros(sae.cfg.d_sae, dtype=torch.int32, device=sae.device) if waits else None
         self.norm = torch.zeros((), dtype=torch.promote_types(sae.dtype, torch.float32), device=sae.device)
-        self.norms, self._version = torch.empty(sae.cfg.d_sae, device=sae.device), -1
+        self.norms, self._version = self.norm.new_empty(sae.cfg.d_sae), -1
         self.dead_every, self.living = dead_every, sae.cfg.d_sae
         self.order = torch.arange(sae.cfg.d_sae, device=sae.device) if dead_every > 1 else None
         self._weighted = bool(sae.rule.options.get("weighted"))
