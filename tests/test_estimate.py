@@ -79,7 +79,7 @@ def test_within_5_percent_of_the_measured_peak(options, how) -> None:
 
 
 def test_an_estimate_for_a_gpu_of_the_table() -> None:
-    found = fastsae.estimate(config(d_in=4096, d_sae=2**20, tokens=10**9), gpu="H200")  # type: ignore[operator]
+    found = fastsae.estimate(config(d_in=4096, d_sae=2**20, tokens=10**9), gpu="H200")
     assert found.fits and found.available == pytest.approx(139.3 * GIB, rel=0.01)
     assert found.total == max(sum(found.memory.values()), found.making)
     assert found.time and found.seconds_per_step and found.tokens_per_second
@@ -101,36 +101,36 @@ def test_the_largest_dictionary_fits_and_the_next_does_not() -> None:
 
 
 def test_switches_add_up_until_it_fits() -> None:
-    found = fastsae.estimate(config(d_in=4096, d_sae=2**20), gpu="l40s")  # type: ignore[operator]
+    found = fastsae.estimate(config(d_in=4096, d_sae=2**20), gpu="l40s")
     assert found.fits is False and found.available and found.largest_d_sae and found.largest_d_sae < 2**20
     assert [s.text for s in found.switches] == ["dtype=bfloat16 master=bf16-sr", "state=8bit"]
     sizes = [found.total, *(s.bytes for s in found.switches)]
     assert sizes == sorted(sizes, reverse=True)
     assert [s.fits for s in found.switches] == [False, True]
     changed = config(d_in=4096, d_sae=2**20, **{k: v for s in found.switches for k, v in s.options.items()})
-    again = fastsae.estimate(changed, gpu="l40s")  # type: ignore[operator]
+    again = fastsae.estimate(changed, gpu="l40s")
     assert again.fits and again.total == found.switches[-1].bytes and not again.switches
 
 
 def test_a_smaller_batch_comes_first_where_it_is_enough() -> None:
     given = config(d_in=512, d_sae=65536, batch_size=2**20)
-    found = fastsae.estimate(given, gpu="l4")  # type: ignore[operator]
+    found = fastsae.estimate(given, gpu="l4")
     assert found.fits is False and list(found.switches[0].options) == ["batch_size"] and found.switches[0].fits
 
 
 def test_where_nothing_helps_it_says_so() -> None:
-    found = fastsae.estimate(config(d_in=4096, d_sae=2**23), gpu="l4")  # type: ignore[operator]
+    found = fastsae.estimate(config(d_in=4096, d_sae=2**23), gpu="l4")
     assert found.switches and not any(s.fits for s in found.switches)
     assert "none of them is enough" in str(found)
 
 
 def test_the_machine_at_hand(monkeypatch) -> None:
     monkeypatch.setattr(machines, "_SECONDS", 0.01)
-    found = fastsae.estimate(config(device="cpu", activation="relu"))  # type: ignore[operator]
+    found = fastsae.estimate(config(device="cpu", activation="relu"))
     assert found.time is not None and all(seconds >= 0 for seconds in found.time.values())
     assert found.days is None and "this machine" in str(found)
     monkeypatch.setattr(machines, "available_memory", lambda device: None)
-    unknown = fastsae.estimate(config(), device="cpu")  # type: ignore[operator]
+    unknown = fastsae.estimate(config(), device="cpu")
     assert unknown.fits is None and unknown.largest_d_sae is None and "fit" not in str(unknown)
 
 
