@@ -65,8 +65,7 @@ class Estimate:
 
     memory: the parts that are there at the peak of a step, in `phase` of it. making: the peak before, while the
     initial weights are made. total: the larger of the two. available: what can be had, fits: whether that is enough;
-    None where it is not known. host: what making takes of the host's memory beside a GPU. time: seconds of a step by
-    part; None where the machine's speed is not known. days: of the whole run, None without `tokens`. largest_d_sae:
+    None where it is not known. time: seconds of a step by part; None where the machine's speed is not known. days: of the whole run, None without `tokens`. largest_d_sae:
     that still fits with all else as it is. switches: what helps, each on top of those before it, if it does not fit.
     """
 
@@ -79,7 +78,6 @@ class Estimate:
     total: int
     available: int | None
     fits: bool | None
-    host: int
     time: dict[str, float] | None
     seconds_per_step: float | None
     tokens_per_second: float | None
@@ -127,12 +125,6 @@ def check_fits(config: TrainConfig, device: torch.device) -> None:
             f"this run needs about {gigabytes(found.total)} and {machine.name} has {gigabytes(machine.memory)} free; "
             + _advice(switches, largest(config, machine.kind, machine.memory))
         )
-    host = machines.available_memory(torch.device("cpu")) if found.host else None
-    if host is not None and found.host > host:
-        raise FastSAEError(
-            f"making the weights needs {gigabytes(found.host)} of the host's memory, of which {gigabytes(host)} are "
-            f"free; choose a smaller d_sae than {config.d_sae}, or a host with more"
-        )
 
 
 def _complete(config: TrainConfig) -> TrainConfig:
@@ -159,7 +151,6 @@ def _estimate(config: TrainConfig, machine: Machine) -> Estimate:
         total=found.total,
         available=memory,
         fits=fits,
-        host=found.host,
         time=time,
         seconds_per_step=seconds,
         tokens_per_second=rate,
@@ -246,8 +237,6 @@ def _notes(config: TrainConfig, machine: Machine, found: Footprint) -> Iterator[
         yield f"{config.activation} is taken to have {text}, as at the start; a code that becomes sparser takes less"
     if dead_bytes(config):
         yield f"AuxK: each dead latent adds {dead_bytes(config)} bytes and its share of products; none are counted"
-    if found.host:
-        yield f"making the weights takes {gigabytes(found.host)} of the host's memory"
     if not config.tokens:
         yield "the length of the run is not known: give tokens"
     if machine.kind == "cuda":

@@ -18,6 +18,7 @@ from fastsae import cpu
 from fastsae.moments import QUANTISED
 from fastsae.recipe import START_ROWS, STATISTICS_ROWS, TrainConfig
 from fastsae.row_blocks import BLOCK_ELEMENTS
+from fastsae.sae import DRAWN_ELEMENTS
 
 SIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 LONG = 8  # bytes of an int64
@@ -56,15 +57,13 @@ class Phase(NamedTuple):
 
 @dataclass(frozen=True)
 class Footprint:
-    """making: the peak while the initial weights are drawn, before there is any state. host: what that takes of the
-    host's memory where the weights live on a GPU. allocated: the most that is in tensors at one time, which is less by
+    """making: the peak while the initial weights are drawn, before there is any state. allocated: the most that is in tensors at one time, which is less by
     what the heap loses and by what is in none. dense: whether the first steps make all latents, for want of a code
     that fits into slots."""
 
     resident: Resident
     phase: Phase
     making: int
-    host: int
     outside: int
     allocated: int
     dense: bool
@@ -84,28 +83,21 @@ def footprint(config: TrainConfig, kind: str = "cpu") -> Footprint:
     phases = [sizes.encoder(), sizes.decode(), sizes.after()]
     phases += [sizes.pieces(), sizes.fused()] if sizes.fuses else [sizes.by_feature(), sizes.blocks()]
     stays = resident(config)
-    making, host = _making(config, stays.parameters + stays.buffers, kind)
+    making = _making(config, stays.parameters + stays.buffers)
     phase = max(phases, key=lambda p: p.total)
     tensors = max(p.total - p.lost for p in phases) + sum(stays)
     if kind == "cpu":  # pages that are not written to yet are allocated all the same
-        tensors = max(tensors, making, stays.parameters + stays.buffers + 4 * sizes.F * sizes.D)
-    return Footprint(stays, phase, making, host, OUTSIDE[kind], tensors, sizes.dense)
+        tensors = max(tensors, making)
+    return Footprint(stays, phase, making, OUTSIDE[kind], tensors, sizes.dense)
 
 
-def _making(config: TrainConfig, weights: int, kind: str) -> tuple[int, int]:
-    """Footprint.making and host: SAE.reset_parameters, then recipe.start with its sample of the data, of which there
-    are three copies (as it is, less the mean, and scaled), or two of the larger one that a mean is subtracted from."""
-    D, e = config.d_in, SIZES[config.dtype]
-    matrix = config.d_sae * D
+def _making(config: TrainConfig, weights: int) -> int:
+    """Footprint.making: SAE.reset_parameters with the rows that it draws at a time (on the host, where weights are on a
+    GPU: small enough to count them here as well), then recipe.start with its sample of the data, of which there are
+    three copies (as it is, less the mean, and scaled), or two of the larger one that a mean is subtracted from."""
     rows = max(3 * START_ROWS, 2 * STATISTICS_ROWS if config.normalise == "centre" else 0)
-    sample = weights + 4 * rows * D
-    drawn = 4 * matrix  # in fp32, on the host
-    # Pages of a tensor come into being when it is first written to: W_dec from what was drawn, then with
-    # init_encoder="random" the encoder's from a second draw, else from W_dec, when what was drawn is gone.
-    written = e * matrix * (2 if config.init_encoder == "random" else 1)
-    if kind == "cuda":  # recipe.start makes the SAE on the host and moves it
-        return sample, drawn + written
-    return max(sample, drawn + written), 0
+    drawn = min(DRAWN_ELEMENTS, config.d_sae * config.d_in)
+    return weights + 4 * max(rows * config.d_in, drawn)
 
 
 def resident(config: TrainConfig) -> Resident:
@@ -121,6 +113,8 @@ def resident(config: TrainConfig) -> Resident:
     state = 2 * F * (whole + (first if config.beta1 else 0)) + 2 * w * vectors + w + w * F
     if waits(config):
         state += 4 * F
+    if config.dead_every > 1:
+        state += LONG * F  # which latent stands where
     return Resident(e * (2 * F * D + vectors), buffers, master, state)
 
 

@@ -245,7 +245,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
 @torch.no_grad()
 def start(config: TrainConfig, store: Store, device: torch.device | str = "cpu") -> SAE:
     """A fresh SAE of a complete config: initial weights, and from the data input normalisation, b_dec, encoder bias."""
-    sae = SAE(config.sae).to(device)
+    sae = SAE(config.sae, device=device)
     if config.normalise != "none":
         mean = store.mean if config.normalise == "centre" else torch.zeros(config.d_in)
         norm = store.mean_norm

@@ -23,6 +23,8 @@ from fastsae.config import SAEConfig
 from fastsae.errors import ConfigError, DataError, TooDenseError
 from fastsae.gradients import widened
 
+DRAWN_ELEMENTS = 1 << 22  # of the initial weights, at a time
+
 
 @dataclass(frozen=True, eq=False)
 class LossOutput:
@@ -107,8 +109,11 @@ class SAE(nn.Module):
         if self.device.type == "meta":  # from_pretrained brings the tensors
             return
         generator = torch.Generator().manual_seed(self.cfg.seed)
-        self.W_dec.copy_(self._directions(generator))
-        self.encoder.weight.copy_(self.W_dec if self.cfg.init_encoder == "tied" else self._directions(generator))
+        self._draw(self.W_dec, generator)
+        if self.cfg.init_encoder == "tied":
+            self.encoder.weight.copy_(self.W_dec)
+        else:
+            self._draw(self.encoder.weight, generator)
         self.encoder.bias.zero_()
         self.b_dec.zero_()
         self.tokens_since_fired.zero_()
@@ -117,9 +122,17 @@ class SAE(nn.Module):
         if self.cfg.activation == "batchtopk":
             self.running_threshold.zero_()
 
-    def _directions(self, generator: torch.Generator) -> Tensor:
-        rows = torch.randn(self.cfg.d_sae, self.cfg.d_in, generator=generator)
-        return rows.mul_(self.cfg.init_decoder_norm / rows.norm(dim=1, keepdim=True))
+    def _draw(self, weight: Tensor, generator: torch.Generator) -> None:
+        """Random directions of norm init_decoder_norm into weight [F, D]; the same on every device, and some rows at a
+        time, so that a wide dictionary needs no second one in float32 to begin with."""
+        F, D = weight.shape
+        step = max(16, DRAWN_ELEMENTS // D // 16 * 16)  # torch draws 16 at a time: whole ones make blocks one sequence
+        start = 0
+        while start < F:
+            stop = F if F - start < step + 16 else start + step
+            rows = torch.randn(stop - start, D, generator=generator, device="cpu")
+            weight[start:stop] = rows.mul_(self.cfg.init_decoder_norm / rows.norm(dim=1, keepdim=True))
+            start = stop
 
     # --- names that other libraries use -------------------------------------------------------------------------
 

@@ -83,7 +83,7 @@ def test_an_estimate_for_a_gpu_of_the_table() -> None:
     assert found.fits and found.available == pytest.approx(139.3 * GIB, rel=0.01)
     assert found.total == max(sum(found.memory.values()), found.making)
     assert found.time and found.seconds_per_step and found.tokens_per_second
-    # 2NDF at 790 TFLOP/s in TF32's half of it, as in shared/kernels.md §1.
+    # 2NDF at 790 TFLOP/s in TF32's half of it.
     assert found.time["encoder"] == pytest.approx(2 * 4096 * 4096 * 2**20 / 395e12, rel=0.01)
     assert found.tokens_per_second == pytest.approx(4096 / found.seconds_per_step)
     assert found.days == pytest.approx(10**9 / found.tokens_per_second / 86_400)
