@@ -11,6 +11,7 @@ COMMANDS = {
     "step": "a whole training step on the CPU, beside its encoder product and the naive dense step",
     "wide": "TrainStep on the CPU against the width of the dictionary: time and memory",
     "quality": "what small optimizer states cost in explained variance",
+    "dead": "what evaluating dead latents in some steps only saves and costs",
     "compile": "compile every kernel for every GPU it is meant for, without a GPU",
     "gpu": "check and time kernels and steps on an NVIDIA GPU",
     "memory": "the peak memory of training runs on the CPU, beside what fastsae.estimate says",

@@ -11,6 +11,7 @@ from bench.checks import check_decode
 from bench.encoders import encode_cases
 from bench.shapes import Call, Case, Shape
 from bench.steps import step_cases
+from bench.widest import STEPS, WIDEST, widest_cases
 
 
 def ceilings() -> Iterator[Case]:
@@ -30,6 +31,10 @@ def all_cases(shapes: list[Shape], dtypes: tuple[torch.dtype, ...]) -> Iterator[
             yield from encode_cases(shape, dtype)
             yield from _decode_cases(shape, dtype)
             yield from step_cases(shape, dtype)
+        if any(shape.name == "tiny" for shape in shapes):  # a dry run
+            yield from widest_cases(shapes[0], dtype, steps=5)
+        elif dtype == torch.bfloat16:
+            yield from widest_cases(WIDEST, dtype, STEPS)
 
 
 def _copy(device: torch.device) -> Call:

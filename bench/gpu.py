@@ -110,7 +110,7 @@ class _Run:
             call = case.build(self.device)
             seconds, least = (0.05, 1) if self.dry else (0.5, 3)
             timed = timing.measure(call, self.device, seconds=seconds, least=least, most=50)
-            row |= timed.row() | self.derived(case, timed.median_ms)
+            row |= timed.row() | self.derived(case, timed.median_ms) | getattr(call, "about", {})
             if case.memory and timed.peak_mib:
                 row["estimate_of_peak"] = case.memory / 2**20 / timed.peak_mib
             if (case.op, case.variant) == ("part", "topk repair"):
@@ -156,6 +156,8 @@ class _Run:
             derived += f" ({row['share_of_copy']:.0%} of a copy's)"
         if "rows_failed" in row:
             derived += f"  {row['rows_failed']:.2%} of rows failed, {row['rows_exact']:.0f} exact"
+        if "loss_last" in row:
+            derived += f"  loss {row['loss_first']:.3g} → {row['loss_last']:.3g} in {row['steps']} steps"
         memory = "" if row["peak_mib"] is None else f"  {row['peak_mib']:,.0f} MiB"
         if "estimate_of_peak" in row:
             memory += f" (estimate: {row['estimate_of_peak']:.2f} of it)"

@@ -103,6 +103,17 @@ def _quality_table(result: Row) -> str:
     return f"{_caption(result['machine'])}\n\n{_table(head, body)}\n{sizes}\n"
 
 
+def _dead_table(result: Row) -> str:
+    """What dead_every saves and costs."""
+    body = [[row["every"], "yes" if row["aux"] else "no", f"{row['mean_ms']:.1f}", f"{row['time']:.2f}",
+             f"{row['dead']:.1%}", row["revived"], f"{row['fve']:.4f}"] for row in result["rows"]]  # fmt: skip
+    head = ["`dead_every`", "AuxK", "ms a step", "of that with 1", "dead at the end", "came back to life",
+            "explained variance, held out"]  # fmt: skip
+    row = result["rows"][0]
+    sizes = f"N {row['N']}, D {row['D']}, F {row['F']}, K {row['K']}, {row['steps']} steps; times of the last quarter."
+    return f"{_caption(result['machine'])}\n\n{_table(head, body)}\n{sizes}\n"
+
+
 def _gpu_table(result: Row) -> str:
     rows = result["rows"]
     kernels = [
@@ -189,8 +200,8 @@ def _effects(row: Row) -> list[str]:
 
 
 TABLES: dict[str, Callable[[Row], str]] = {
-    "step": _step_table, "wide": _wide_table, "quality": _quality_table, "gpu": _gpu_table, "demo": _demo_table,
-    "compile": _compile_table,
+    "step": _step_table, "wide": _wide_table, "quality": _quality_table, "dead": _dead_table, "gpu": _gpu_table,
+    "demo": _demo_table, "compile": _compile_table,
 }  # fmt: skip
 
 

@@ -65,8 +65,9 @@ class Estimate:
 
     memory: the parts that are there at the peak of a step, in `phase` of it. making: the peak before, while the
     initial weights are made. total: the larger of the two. available: what can be had, fits: whether that is enough;
-    None where it is not known. time: seconds of a step by part; None where the machine's speed is not known. days: of the whole run, None without `tokens`. largest_d_sae:
-    that still fits with all else as it is. switches: what helps, each on top of those before it, if it does not fit.
+    None where it is not known. time: seconds of a step by part; None where the machine's speed is not known. days: of
+    the whole run, None without `tokens`. largest_d_sae: that still fits with all else as it is. switches: what helps,
+    each on top of those before it, if it does not fit.
     """
 
     machine: str

@@ -57,9 +57,9 @@ class Phase(NamedTuple):
 
 @dataclass(frozen=True)
 class Footprint:
-    """making: the peak while the initial weights are drawn, before there is any state. allocated: the most that is in tensors at one time, which is less by
-    what the heap loses and by what is in none. dense: whether the first steps make all latents, for want of a code
-    that fits into slots."""
+    """making: the peak while the initial weights are drawn, before there is any state. allocated: the most that is in
+    tensors at one time, which is less by what the heap loses and by what is in none. dense: whether the first steps
+    make all latents, for want of a code that fits into slots."""
 
     resident: Resident
     phase: Phase

@@ -161,3 +161,31 @@ def test_readme_without_marks_is_left_alone(tmp_path, capsys):
 def test_our_own_readme_is_up_to_date():
     text = readme.README.read_text(encoding="utf-8")
     assert readme.fill(text, results.FOLDER) == text, "run python -m bench readme"
+
+
+def test_dead_measures_every_choice(tmp_path, capsys):
+    from bench.dead import EVERY
+
+    threads = torch.get_num_threads()
+    sizes = ["--d-sae", "512", "--tokens", "64", "--steps", "48", "--dead-after", "512", "--threads", str(threads)]
+    assert main(["dead", *sizes, "--out", str(tmp_path)]) == 0
+    (result,) = results.load("dead", tmp_path)
+    assert [(row["every"], row["aux"]) for row in result["rows"]] == [(n, aux) for aux in (True, False) for n in EVERY]
+    assert all(row["dead"] > 0.1 and row["mean_ms"] > 0 and row["fve"] > 0 for row in result["rows"])
+    assert result["rows"][0]["time"] == 1 and result["rows"][0]["revived"] > 0
+    text = readme.fill("<!-- bench: dead -->\n<!-- end bench -->\n", tmp_path)
+    assert "came back to life" in text and text.count("\n|") == 2 + len(result["rows"])
+
+
+def test_the_widest_case_trains_before_it_is_timed(monkeypatch):
+    pytest.importorskip("triton")
+    from bench.widest import Trained, widest_cases
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    torch.manual_seed(0)
+    (case,) = widest_cases(shapes.TINY[0], torch.float32, steps=5)
+    call = case.build(torch.device("cpu"))
+    assert isinstance(call, Trained) and call.about["loss_last"] < call.about["loss_first"]
+    assert float(call()) < call.about["loss_first"]
+    with pytest.raises(checks.WrongResult, match="does not fall"):
+        next(widest_cases(shapes.TINY[0], torch.float32, steps=1)).build(torch.device("cpu"))
