@@ -186,6 +186,25 @@ def test_micro_batches_are_one_batch(options):
         same(whole, parts, rtol=1e-7, atol=1e-8)
 
 
+def test_a_penalty_that_begins_between_micro_batches():
+    sae, start = make(RULES[3], dtype="float64"), make(RULES[3], dtype="float64")
+    x = batches(1, dtype=torch.float64)[0]
+    step = TrainStep(sae, lr=1e-2)
+    step.penalty = 0.0
+    step.accumulate(x[:5])
+    step.penalty = 1.0
+    step.accumulate(x[5:])
+    step.update()
+    made = [start.loss(rows) for rows in (x[:5], x[5:])]
+    loss = sum(len(rows) * (one.mse + of) for rows, one, of in zip((x[:5], x[5:]), made, (0, made[1].sparsity)))
+    optimizer, norm = torch.optim.Adam(start.parameters(), lr=1e-2), DecoderNorm(start)
+    (loss / N).backward()  # type: ignore[union-attr]
+    norm.project_gradient_()
+    optimizer.step()
+    norm.renormalise_()
+    same(sae, start, rtol=1e-7, atol=1e-8)
+
+
 def test_masks_targets_and_shapes_are_those_of_loss():
     ours, theirs = make(RULES[0], dtype="float64"), make(RULES[0], dtype="float64")
     x, target = batches(2, dtype=torch.float64)
