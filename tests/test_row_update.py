@@ -196,6 +196,16 @@ def test_the_same_bits_every_time():
             assert torch.equal(x, y)
 
 
+def test_no_second_moment_is_rounded_to_0_in_eight_bits():
+    given, weights = part(9, 4, 30, 63)
+    given.rows[:, 0] *= 1e6
+    options = AdamOptions(0.01, 0.9, 0.99, 1e-6, 0.0, 3, torch.tensor(1.0, device=DEVICE))
+    ours, theirs, _ = both(given, weights, options, state="8bit")
+    for encoder in (ours[1], theirs[1]):
+        assert isinstance(encoder.v, EightBit)
+        assert int((encoder.v.codes == 1).sum()) > 63 and int(encoder.v.codes.min()) == 1
+
+
 def test_rows_that_are_too_wide_are_refused():
     with pytest.raises(ValueError, match="at most"):
         wide = weight_grad.WIDEST + 1

@@ -137,6 +137,21 @@ def test_rows_that_waited_are_where_dense_adam_has_them(dtype):
     torch.testing.assert_close(lazy, dense.detach(), **tight)
 
 
+@pytest.mark.parametrize("beta1", [0.9, 0.0])
+def test_eight_bits_bear_an_element_that_dwarfs_its_neighbours(beta1):
+    """As residual streams have them: were the others' second moments rounded to 0, their steps would be millions."""
+    gen, rounding = (torch.Generator().manual_seed(i) for i in range(2))
+    w, scale = torch.zeros(16, 256), torch.ones(256)
+    scale[7] = 1e4
+    rows, most = RowAdam(w, "8bit", beta1, False), 0.0
+    for t in range(1, 151):
+        g = torch.randn(16, 256, generator=gen) * scale * (torch.rand(16, 1, generator=gen) < 0.3)
+        before = w.clone()
+        rows.update(slice(0, 16), g, AdamOptions(1.0, beta1, 0.999, 1e-8, 0.0, t), False, None, rounding)
+        most = max(most, float((w - before).abs().max()))
+    assert 1 < most < 40
+
+
 def test_lazy_is_no_more_than_close():
     exact, lazy = make(RULES[0]), make(RULES[0])
     a, b = TrainStep(exact, lr=1e-3), TrainStep(lazy, lr=1e-3, lazy=True)
