@@ -54,8 +54,8 @@ class TrainStep:
     counted as in `SAE.loss`. Gradients of parameters (`p.grad`) stay None. On a CUDA device the kernels run, where D is
     at most 4096, and topk waits for nothing; the codes of the other rules wait for their size. One process, one GPU.
 
-    Raises ConfigError for options that cannot be meant, DataError for a loss that is not finite (on the CPU, where
-    asking costs nothing) and for shapes that do not fit.
+    Raises ConfigError for options that cannot be meant and for frozen parameters, DataError for a loss that is not finite
+    (on the CPU, where asking costs nothing), for shapes that do not fit, and for an SAE that was moved or converted since.
     """
 
     def __init__(
@@ -108,6 +108,7 @@ class TrainStep:
         sae = self.sae
         if not sae.training:
             raise DataError("the SAE is in evaluation mode; call sae.train() before the next step")
+        self._check_parameters()
         rows, wanted, _ = sae.prepared(x, target, mask)
         if self._sums is None:
             self._used = self._first()
@@ -204,6 +205,17 @@ class TrainStep:
         if "log_threshold" in self.vectors:
             found.append(sae.log_threshold)
         return [t.detach() for t in found + ([] if self.last is None else [self.last])]
+
+    def _check_parameters(self) -> None:
+        """Raises DataError where the SAE's parameters are no longer the memory that updates go to."""
+        states = {"W_dec": self.w_dec, "encoder.weight": self.weight, **self.vectors}
+        states["encoder.bias"] = states.pop("bias")
+        for name, state in states.items():
+            if self.sae.get_parameter(name).data_ptr() != state.weight.data_ptr():
+                raise DataError(
+                    f"{name} is another tensor than when this TrainStep was made: move, convert and load the SAE "
+                    "first, then make the TrainStep"
+                )
 
     def _first(self) -> int | None:
         """How many latents the next update works on; None for all."""

@@ -366,6 +366,22 @@ def test_what_cannot_be_stepped_on():
     assert fastsae.TrainStep is TrainStep
 
 
+def test_parameters_that_cannot_be_updated():
+    sae = make(RULES[6])
+    sae.b_dec.requires_grad_(False)
+    with pytest.raises(FastSAEError, match="b_dec .*requires_grad"):
+        TrainStep(sae)
+    step = TrainStep(sae.requires_grad_())
+    step(batches(1)[0])
+    sae.log_threshold.data = sae.log_threshold.data.clone()
+    with pytest.raises(FastSAEError, match="log_threshold is another tensor"):
+        step(batches(1)[0])
+    step = TrainStep(sae)
+    sae.to(torch.bfloat16)
+    with pytest.raises(FastSAEError, match="W_dec is another tensor"):
+        step(batches(1)[0])
+
+
 def test_decoder_norms_are_those_of_weights_written_from_outside():
     ours, theirs = make(RULES[4], dtype="float64"), make(RULES[4], dtype="float64")
     xs = batches(6, dtype=torch.float64)
