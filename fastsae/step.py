@@ -227,6 +227,8 @@ class TrainStep:
         states = {"W_dec": self.w_dec, "encoder.weight": self.weight, **self.vectors}
         found = {f"{name}.{part}": t for name, state in states.items() for part, t in state.tensors.items()}
         more = {"norm": self.norm, "last": self.last, "order": self.order}
+        # Norms are state where they are used: those of a kernel differ in the last bits from what is made of weights.
+        more |= {"norms": self._current_norms()} if self._weighted else {}
         return found | {name: t for name, t in more.items() if t is not None}
 
     @property
@@ -255,7 +257,12 @@ class TrainStep:
                 )
         for name, t in there.items():
             t.copy_(state[name])
-        self.steps, self.living = int(state["steps"]), int(state["living"])
+        self.go_on({name: state[name] for name in self.numbers})
+
+    def go_on(self, numbers: dict[str, int]) -> None:
+        """From `numbers`, once the SAE and `tensors` have been filled in."""
+        self.steps, self.living = int(numbers["steps"]), int(numbers["living"])
+        self._version = _version_of(self.sae)
 
     # --- the update -------------------------------------------------------------------------------------------------
 
@@ -379,7 +386,7 @@ class TrainStep:
         if self._weighted and self._version != _version_of(self.sae):
             # Some rows at a time: of a dictionary in half precision the whole in fp32 would be more than all its state.
             rows = self.sae.W_dec.detach().split(max(1, 2**20 // self.sae.cfg.d_in))
-            self.norms = torch.cat([torch.linalg.vector_norm(widened(part), dim=1) for part in rows])
+            torch.cat([torch.linalg.vector_norm(widened(part), dim=1) for part in rows], out=self.norms)
         return self.norms
 
     def _factor(self) -> Tensor:
