@@ -3,6 +3,7 @@ people write instead."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from bench import naive
 from bench.shapes import LARGEST_STEP, Call, Case, Shape, TooLarge
 
 RULES = ("topk", "relu", "batchtopk", "jumprelu")
+DRAWN = 1 << 26  # elements of the initial weights at a time
 
 
 def step_cases(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
@@ -38,14 +40,32 @@ def step_cases(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
     yield case("step", "torch.topk + embedding_bag", lambda device: _gathered(shape, dtype, device, step=True))
 
 
-def sae_for(shape: Shape, dtype: torch.dtype, device: torch.device, rule: str) -> Any:
-    """A fresh SAE; of rules without a K, with biases that leave about K latents above 0 on x ~ N(0, 1)."""
+@torch.no_grad()
+def drawn(shape: Shape, dtype: torch.dtype, device: torch.device, rule: str = "topk") -> Any:
+    """A fresh SAE whose weights are drawn on the device: on the host the four billion numbers of S2 take a minute each
+    time, and all the time there is."""
     from fastsae.sae import SAE
 
     name: Any = str(dtype).removeprefix("torch.")
-    activation: Any = rule
-    sizes: Any = {"d_in": shape.D, "d_sae": shape.F, "k": shape.K}
-    sae = SAE(**sizes, activation=activation, dtype=name, backend="triton", device=device)
+    sizes: Any = {"d_in": shape.D, "d_sae": shape.F, "k": shape.K, "activation": rule}
+    sae = SAE(**sizes, dtype=name, backend="triton", device="meta").to_empty(device=device)
+    for _, t in (*sae.named_parameters(), *sae.named_buffers()):
+        t.zero_()
+    sae.input_scale.fill_(1.0)
+    if rule == "jumprelu":
+        sae.log_threshold.fill_(math.log(sae.cfg.init_threshold))
+    rows = max(1, DRAWN // shape.D)
+    for start in range(0, shape.F, rows):
+        part = torch.randn(min(rows, shape.F - start), shape.D, device=device)
+        part /= torch.linalg.vector_norm(part, dim=1, keepdim=True)
+        sae.W_dec[start : start + rows] = part
+        sae.encoder.weight[start : start + rows] = part
+    return sae
+
+
+def sae_for(shape: Shape, dtype: torch.dtype, device: torch.device, rule: str) -> Any:
+    """A fresh SAE; of rules without a K, with biases that leave about K latents above 0 on x ~ N(0, 1)."""
+    sae = drawn(shape, dtype, device, rule)
     if rule in ("relu", "jumprelu"):
         # Pre-activations of unit rows are N(0, 1).
         threshold = torch.special.ndtri(torch.tensor(1 - shape.K / shape.F, dtype=torch.float64))
