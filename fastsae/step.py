@@ -54,8 +54,9 @@ class TrainStep:
     counted as in `SAE.loss`. Gradients of parameters (`p.grad`) stay None. On a CUDA device the kernels run, where D is
     at most 4096, and topk waits for nothing; the codes of the other rules wait for their size. One process, one GPU.
 
-    Raises ConfigError for options that cannot be meant and for frozen parameters, DataError for a loss that is not finite
-    (on the CPU, where asking costs nothing), for shapes that do not fit, and for an SAE that was moved or converted since.
+    Raises ConfigError for options that cannot be meant and for frozen parameters; DataError for a loss that is not
+    finite (on the CPU, where asking costs nothing), for shapes that do not fit, and for an SAE that was moved or
+    converted since.
     """
 
     def __init__(
