@@ -18,21 +18,21 @@ DRAWN = 1 << 26  # elements of the initial weights at a time
 
 
 def step_cases(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
-    """fastsae at all shapes; the dense ones where [N, F] and four times [F, D] fit."""
+    """fastsae at all shapes, TrainStep first; the dense ones where [N, F] and four times [F, D] fit."""
     def case(op: str, variant: str, build: Callable[[torch.device], Call]) -> Case:
         return Case(op, variant, shape, dtype, build)
 
+    for name, options in STATES.items():
+        if dtype == torch.bfloat16 or "bf16-sr" not in name:
+            yield Case("step", f"TrainStep topk, {name}", shape, dtype,
+                       lambda device, options=options: _train_step(shape, dtype, device, options),
+                       memory=_expected(shape, dtype, options))  # fmt: skip
     for variant in ("by_feature", "weight_grad", "weight_grad, rows only", "weight_grad, dots first", "dx"):
         yield case("backward", variant, lambda device, variant=variant: _part(shape, dtype, device, variant))
     for rule in RULES:
         yield case("loss + backward", f"fastsae {rule}", lambda device, rule=rule: _ours(shape, dtype, device, rule))
     for rule in RULES[:2]:
         yield case("step", f"fastsae {rule}", lambda device, rule=rule: _ours(shape, dtype, device, rule, step=True))
-    for name, options in STATES.items():
-        if dtype == torch.bfloat16 or "bf16-sr" not in name:
-            yield Case("step", f"TrainStep topk, {name}", shape, dtype,
-                       lambda device, options=options: _train_step(shape, dtype, device, options),
-                       memory=_expected(shape, dtype, options))  # fmt: skip
     yield case("step", "naive dense ReLU + L1", lambda device: _naive(shape, dtype, device))
     if shape.name != "tiny":
         yield case("step", "naive dense ReLU + L1, compiled", lambda device: _naive(shape, dtype, device, True))
@@ -87,6 +87,20 @@ STATES: dict[str, dict[str, Any]] = {
     "8bit, bf16-sr": {"state": "8bit", "master": "bf16-sr"},
     "rowwise, bf16-sr, no momentum": {"state": "rowwise", "master": "bf16-sr", "beta1": 0.0},
 }
+
+
+# What a step may take, in encoder products of its shape and dtype, and in GiB at its peak, all tensors counted.
+GOALS: dict[tuple[str, str, str], dict[str, float]] = {
+    ("TrainStep topk, fp32", "S1", "bfloat16"): {"gemms": 1.9},
+    ("TrainStep topk, rowwise, bf16-sr, no momentum", "S1", "bfloat16"): {"gemms": 1.6},
+    ("TrainStep topk, rowwise, bf16-sr, no momentum", "S2", "bfloat16"): {"gemms": 1.6, "allocated_gib": 48},
+}
+
+
+def missed(row: dict[str, Any]) -> list[str]:
+    """The goals that a row of results misses, in words."""
+    goals = GOALS.get((row["variant"], row["shape"], row["dtype"]), {})
+    return [f"{key} {row[key]:.2f}, goal {most:g}" for key, most in goals.items() if row.get(key, 0) > most]
 
 
 def _train_step(shape: Shape, dtype: torch.dtype, device: torch.device, options: dict[str, Any]) -> Call:

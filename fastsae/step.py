@@ -45,8 +45,9 @@ class TrainStep:
     β₁ > 0, where Adam goes on moving them. With β₁ = 0 and no weight decay it is no approximation, and always done.
     dead_every: in which steps dead latents (silent for the SAE's dead_after_tokens) are evaluated and trained: in every
     dead_every-th. In the others only the living are there, and the encoder's product shrinks to those. Dead ones then
-    rest, moments and all, and come back later than they would. Until `restore_order()` is called the latents stand in
-    another order, the living first; `order` [F] says which latent stands where.
+    rest, moments and all (their biases follow what momentum is left), and come back later than they would. Until
+    `restore_order()` is called the latents stand in another order, the living first; `order` [F] says which latent
+    stands where.
     seed: of the random rounding.
 
     lr, penalty (a factor of the sparsity penalty, for its warm-up) and k (of topk and batchtopk, None for the SAE's)
