@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 from fastsae.analysis import AnalyzeConfig
+from fastsae.analysis.steering import SteerConfig, Steering
 from fastsae.errors import FastSAEError
 from fastsae.estimate import Estimate
 from fastsae.evaluate import EvalConfig
@@ -199,6 +200,45 @@ def analyze(
     return {**found, "report": str(out / "report.html")}
 
 
+def steer(
+    sae: Path,
+    model: str,
+    config: OnOneLevel[SteerConfig],
+    hook: str = MLP_HOOK,
+    text: str = "builtin",
+    text_field: str = "text",
+) -> Steering:
+    """Let a model write with features pinned, raised or ablated, beside what it writes without.
+
+        fastsae steer --sae runs/sae --model gpt2 --features 1234 --multiple 2 --prompts "My friend said"
+
+    Args:
+        sae: Folder of the dictionary (the run's folder or its sae/ folder).
+        model: Folder or hub name of the causal LM it was trained on.
+        hook: Module path it was trained on.
+        text: Where the features' maxima are measured, unless --value is given: builtin, a text file, a .jsonl file, a
+            folder of those, or hf:NAME; its held-out documents are used.
+        text_field: Field of a JSONL line or dataset row that holds the text.
+    """
+    from fastsae import corpus
+    from fastsae.analysis import steering
+
+    dictionary = load_sae(sae)
+    network, tokenizer = _load_model(model)
+    measured: dict[int, float] = {}
+    if config.needs_maxima:
+        longest = getattr(network.config, "max_position_embeddings", None) or config.context
+        documents = corpus.load(text, "heldout", text_field)
+        measured = steering.maxima(
+            dictionary, network, tokenizer, documents, hook, config.features,
+            tokens=config.measure_tokens, context=min(config.context, longest), batch_size=config.batch_size,
+        )  # fmt: skip
+    edits = config.edits(measured)
+    options = {name: getattr(config, name) for name in ("tokens", "samples", "temperature", "seed")}
+    found = steering.steer(dictionary, network, tokenizer, config.prompts, hook, edits, **options)
+    return Steering(edits, found, measured)
+
+
 def _load_model(name: str) -> tuple[Any, Any]:
     """Model and tokenizer, without transformers' own progress bars: one kind of bar on a terminal is enough."""
     from fastsae import lm as module
@@ -243,13 +283,14 @@ def load_sae(folder: Path) -> SAE:
     return SAE.from_pretrained(folder / "sae" if (folder / "sae" / "cfg.json").exists() else folder)
 
 
-VERBS: dict[str, Callable[..., dict | Estimate]] = {
+VERBS: dict[str, Callable[..., dict | Estimate | Steering]] = {
     "demo": demo,
     "lm": lm,
     "harvest": harvest,
     "train": train,
     "eval": evaluate,
     "analyze": analyze,
+    "steer": steer,
     "estimate": estimate,
 }
 
@@ -310,8 +351,8 @@ def _parsed(verbs: dict[str, Any], argv: Sequence[str]) -> Callable[[], Any]:
         raise
 
 
-def _print_result(result: dict | Estimate, as_json: bool) -> None:
-    if isinstance(result, Estimate):
+def _print_result(result: dict | Estimate | Steering, as_json: bool) -> None:
+    if not isinstance(result, dict):
         if not as_json:
             print(result)
             return
@@ -355,7 +396,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _again(argv: Sequence[str]) -> str:
     """How to go on with a verb that was stopped."""
-    if argv[:1] in (["eval"], ["analyze"], ["estimate"]):
+    if argv[:1] in (["eval"], ["analyze"], ["steer"], ["estimate"]):
         return "the same command starts over"
     resume = "" if argv[:1] == ["demo"] else " with --resume"
     return f"the same command{resume} goes on from here"
