@@ -385,7 +385,7 @@ def _row_pearson(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _assign(r: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Partners, one to one, of the rows among the columns (masks) of r [S, B] with the largest sum, and their r: [S]."""
+    """Partners, one to one, of the rows among the columns (masks) of r [S, B], largest sum of r; and their r: [S]."""
     from scipy.optimize import linear_sum_assignment
 
     left, right = rows.nonzero().flatten(), columns.nonzero().flatten()
