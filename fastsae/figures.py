@@ -138,13 +138,13 @@ def feature_map(
     low, high = float(values.min()), float(values.max())
     norm = LogNorm(low, max(high, low * 1.01)) if log else None
     limits = {"norm": norm} if log else {"vmin": low, "vmax": high if high > low else low + 1}
-    drawn, sizes = None, (60, 26, 11, 5)
-    for layer in np.unique(layers):  # narrow dictionaries last would hide the small points of the wide ones
+    drawn = None
+    for layer in np.unique(layers):  # the many small points of the wide dictionaries on top
         here = layers == layer
         order = np.argsort(values[here])  # the strongest on top
         drawn = axes.scatter(
-            *points[here][order].T, c=values[here][order], cmap="viridis", s=sizes[min(int(layer), 3)], alpha=0.8,
-            linewidths=0.4, edgecolors="white", label=f"{here.sum()} features", **limits,
+            *points[here][order].T, c=values[here][order], s=min(60.0, max(3.0, 5000 / here.sum())), cmap="viridis",
+            alpha=0.8, linewidths=0.4, edgecolors="white", label=f"{here.sum()} features", **limits,
         )  # fmt: skip
     if clusters is not None:
         _number_clusters(axes, points, np.asarray(clusters))
