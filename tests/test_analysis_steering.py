@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,49 @@ def test_a_text_may_outgrow_the_longest_context():
     generator = torch.Generator().manual_seed(4)
     found = continuations(GPT, hook, prefix, edit, tokens=20, count=3, temperature=1.0, generator=generator)
     assert torch.equal(found, without_cache(GPT, hook, prefix, edit, 20, 1.0, 4))
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
+@pytest.mark.parametrize(("model", "hook"), CASES)
+def test_a_token_is_run_once(model: Any, hook: str):
+    sae, lengths = sae_for(model, hook, token_ids()), []
+    handle = model.get_submodule(hook).register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
+    try:
+        options = {"tokens": 6, "count": 2, "temperature": 1.0, "generator": torch.Generator().manual_seed(0)}
+        continuations(model, hook, torch.arange(60, 64), set_features(sae, EDITS), **options)
+    finally:
+        handle.remove()
+    assert lengths == [4, 1, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["past_key_values", None])
+def test_models_with_an_older_cache_or_none(name: str | None):
+    """Equal texts, whatever the model calls its cache, and whether it has one."""
+
+    class Older(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.config, self.lengths = GPT, GPT.config, []
+
+        def run(self, ids: Tensor, past: Any, use_cache: bool) -> Any:
+            self.lengths.append(ids.shape[1])
+            out = self.inner(ids, cache=past, use_cache=use_cache and name is not None)
+            return SimpleNamespace(logits=out.logits, past_key_values=out.cache if name else None)
+
+    class Cached(Older):
+        def forward(self, ids: Tensor, past_key_values: Any = None, use_cache: bool = False) -> Any:
+            return self.run(ids, past_key_values, use_cache)
+
+    class Uncached(Older):
+        def forward(self, ids: Tensor, use_cache: bool = False) -> Any:
+            return self.run(ids, None, use_cache)
+
+    hook, model, prefix = "transformer.h.0", Cached() if name else Uncached(), torch.arange(60, 64)
+    edit = set_features(sae_for(GPT, hook, token_ids()), EDITS)
+    options: dict[str, Any] = {"tokens": 6, "count": 3, "temperature": 1.0}
+    found = continuations(model, f"inner.{hook}", prefix, edit, generator=torch.Generator().manual_seed(4), **options)
+    assert torch.equal(found, without_cache(GPT, hook, prefix, edit, 6, 1.0, 4))
+    assert model.lengths == ([4, 1, 1, 1, 1, 1] if name else [4, 5, 6, 7, 8, 9])
 
 
 @torch.no_grad()
