@@ -138,8 +138,6 @@ def agreement(
     context predicts nothing here and is left out. One forward pass a sample, in batches.
     Raises FastSAEError when fewer than three entries are active.
     """
-    from scipy import stats
-
     found = attribution(sae, model, hook, token_ids)
     B, T = token_ids.shape
     code = found.code
@@ -157,16 +155,26 @@ def agreement(
     features, values = code.indices[n, slot].long(), code.values[n, slot]
     measured = _ablated_at(sae, model, hook, token_ids, n, features, values, batch_size)
     predicted = -found.contribution[n, slot].double().cpu().numpy()
-    varies = min(np.ptp(predicted), np.ptp(measured)) > 0
     return Agreement(
         predicted=predicted,
         measured=measured,
         contexts=(n // T).cpu().numpy(),
         positions=(n % T).cpu().numpy(),
         features=features.cpu().numpy(),
-        pearson=float(stats.pearsonr(predicted, measured)[0]) if varies else float("nan"),
-        spearman=float(stats.spearmanr(predicted, measured)[0]) if varies else float("nan"),
+        pearson=_correlation(predicted, measured),
+        spearman=_correlation(_ranks(predicted), _ranks(measured)),
     )
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Pearson's r, NaN where one is constant."""
+    return float(np.corrcoef(a, b)[0, 1]) if min(np.ptp(a), np.ptp(b)) > 0 else float("nan")
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """1 … S, those that tie at their mean."""
+    _, back, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[back]
 
 
 def _ablated_at(

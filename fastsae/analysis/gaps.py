@@ -117,9 +117,9 @@ class GapCounter:
         rows, columns = (read.grid >= 0).nonzero(as_tuple=True)
         place[read.grid[rows, columns]] = torch.stack([rows, columns], dim=1)
         chosen = gap.nonzero().flatten().tolist()
-        drawn = self._rng.random(len(chosen))
+        drawn: list[float] = self._rng.random(len(chosen)).tolist()
         worst = self._kept[-1][0] if len(self._kept) >= self._limit else np.inf
-        best = [i for i in np.argsort(drawn)[: self._limit] if drawn[i] < worst]
+        best = [i for i in np.argsort(drawn)[: self._limit].tolist() if drawn[i] < worst]
         self._kept += [(drawn[i], self._window(read, chosen[i], place[chosen[i]].tolist(), activation)) for i in best]
         self._kept = sorted(self._kept, key=lambda pair: pair[0])[: self._limit]
 
@@ -157,7 +157,7 @@ class GapCounter:
         if not self.missed:
             return []
         all_, gap = self._fires.double().numpy()
-        phi = pearson(self.tokens, all_, all_, np.float64(self.missed), np.float64(self.missed), gap)
+        phi = pearson(self.tokens, all_, all_, self.missed, self.missed, gap)
         phi[self.feature] = -1
         found = [int(i) for i in np.argsort(-phi, kind="stable")[:count] if gap[i] > 0]
         share = gap / self.missed

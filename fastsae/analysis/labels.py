@@ -65,6 +65,17 @@ class TokenBytes:
         """[V] bytes in each entry."""
         return np.diff(self.offsets)
 
+    @cached_property
+    def entries(self) -> tuple[dict[bytes, list[int]], dict[bytes, list[int]]]:
+        """Bytes → the entries that are they; and the same for entries without the white space around them."""
+        exact: dict[bytes, list[int]] = {}
+        stripped: dict[bytes, list[int]] = {}
+        for number in range(len(self)):
+            piece = self[number]
+            exact.setdefault(piece, []).append(number)
+            stripped.setdefault(piece.strip(), []).append(number)
+        return exact, stripped
+
     def __getitem__(self, token_id: int) -> bytes:
         return self.data[self.offsets[token_id] : self.offsets[token_id + 1]].tobytes()
 

@@ -94,16 +94,10 @@ class TokenSet(Membership):
         """[V] bool."""
         vocabulary = spelling.bytes_of
         chosen = np.zeros(len(vocabulary), dtype=bool)
-        texts = [entry for entry in self.entries if isinstance(entry, str)]
-        exact: dict[bytes, list[int]] = {}
-        loose: dict[bytes, list[int]] = {}
-        for number in range(len(vocabulary)) if texts else ():
-            piece = vocabulary[number]
-            exact.setdefault(piece, []).append(number)
-            loose.setdefault(piece.strip(), []).append(number)
         for entry in self.entries:
             if isinstance(entry, str):
-                found = (exact if entry.strip() != entry else loose).get(entry.encode(), []) if entry else []
+                exact, stripped = vocabulary.entries
+                found = (exact if entry.strip() != entry else stripped).get(entry.encode(), []) if entry else []
             else:
                 found = [entry] if 0 <= entry < len(vocabulary) else []
             if not found:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from fastsae.errors import FastSAEError
 
@@ -149,7 +150,7 @@ class Moments:
         return pearson(self.n, self.f, self.ff, self.p, self.pp, self.fp)
 
 
-def pearson(n: float, x: np.ndarray, xx: np.ndarray, y: np.ndarray, yy: np.ndarray, xy: np.ndarray) -> np.ndarray:
+def pearson(n: float, x: ArrayLike, xx: ArrayLike, y: ArrayLike, yy: ArrayLike, xy: ArrayLike) -> np.ndarray:
     """r = (n Σxy − Σx Σy) / √((n Σx² − (Σx)²)(n Σy² − (Σy)²)) from sums that broadcast, float64.
 
     0 where x or y is constant, to the rounding of the sums.
@@ -221,7 +222,7 @@ def precision_recall(overlap: Overlap) -> PrecisionRecall:
     )
 
 
-def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+def _ratio(above: ArrayLike, below: ArrayLike) -> np.ndarray:
     """above / below in float64, NaN where below is 0."""
     above, below = np.asarray(above, dtype=np.float64), np.asarray(below, dtype=np.float64)
     return np.divide(above, below, out=np.full(np.broadcast(above, below).shape, np.nan), where=below != 0)

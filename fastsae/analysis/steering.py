@@ -5,6 +5,7 @@ Axes: B continuations of one prompt, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -183,20 +184,28 @@ def continuations(
     outgrows the model's longest context goes on without cache, on the last tokens that the model can read.
     """
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", None) or 10**9
-    device = device_of(model)
+    device, name = device_of(model), _cache_name(model)
     ids = prefix.repeat(count, 1)
     past: Any = None
     with replace(model, hook, edit) if edit else nullcontext():
         for _ in range(tokens):
-            cached = ids.shape[1] <= limit
-            if past is None or not cached:
+            cached = name is not None and ids.shape[1] <= limit
+            if past is None or not cached:  # the whole text: the first time, and always where nothing is cached
                 out = model(ids[:, -limit:].to(device), use_cache=cached)
             else:
-                out = model(ids[:, -1:].to(device), past_key_values=past, use_cache=True)
-            # A model without such a cache (a state space model) has none to give, and reads the whole text again.
-            past = getattr(out, "past_key_values", None) if cached else None
+                out = model(ids[:, -1:].to(device), use_cache=True, **{str(name): past})
+            past = getattr(out, str(name), None) if cached else None
             ids = torch.cat([ids, _next(out.logits[:, -1].float().cpu(), temperature, generator)], dim=1)
     return ids[:, len(prefix) :]
+
+
+def _cache_name(model: Any) -> str | None:
+    """What the model calls its cache of keys and values, as argument and in its output; None if it has none.
+
+    transformers renamed past_key_values to cache, and models that bring their own code keep the old name.
+    """
+    known = inspect.signature(model.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in known), None)
 
 
 def _next(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
