@@ -16,7 +16,7 @@ import numpy as np
 from fastsae.errors import FastSAEError
 
 _BUFFER = 1 << 16  # examples that wait before the table is trimmed
-COLUMNS = ("feature", "half", "value", "key", "where", "window")
+COLUMNS = ("feature", "half", "value", "key", "where", "window", "ids")
 
 
 def uniform(seed: int, *numbers: np.ndarray) -> np.ndarray:
@@ -36,7 +36,7 @@ def _mixed(z: np.ndarray) -> np.ndarray:
 
 class Kept:
     """A table of examples: feature, half (of the documents), value (activation), key, where (number of the token in the
-    text), window [M, W] float32 (the feature's activations around; NaN where no token is).
+    text), window [M, W] float32 (the feature's activations around; NaN where no token is), ids [M, W] int32 (−1 there).
 
     limit: examples of a group. group: numbers the group, [M], of feature, half and value, from 0 to groups() − 1.
     apart: at most one example of a group in so many neighbouring tokens, the best one; 0 for no such rule.
@@ -52,6 +52,7 @@ class Kept:
         self.half = np.zeros(0, bool)
         self.value, self.key = np.zeros(0, np.float32), np.zeros(0, np.float64)
         self.window = np.zeros((0, 2 * around + 1), np.float32)
+        self.ids = np.zeros((0, 2 * around + 1), np.int32)
         self._waiting: list[tuple[np.ndarray, ...]] = []
         self._waits = 0
         self._worst = np.full(groups, np.inf)
@@ -70,9 +71,10 @@ class Kept:
 
     def trim(self) -> None:
         """Only the best of every group stay, in the order of group, key and place. Also after groups have changed."""
-        parts = [(self.feature, self.half, self.value, self.key, self.where, self.window), *self._waiting]
+        parts = [tuple(getattr(self, name) for name in COLUMNS), *self._waiting]
         self._waiting, self._waits = [], 0
-        feature, half, value, key, where, window = (np.concatenate(column) for column in zip(*parts, strict=True))
+        columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
+        feature, half, value, key, where = columns[:5]
         group = self._group(feature, half, value)
         order = np.lexsort((where, key, group))
         if self.apart:
@@ -81,8 +83,8 @@ class Kept:
         begins = np.searchsorted(group, group, side="left")
         rank = np.arange(len(group)) - begins
         order, group = order[rank < self.limit], group[rank < self.limit]
-        self.feature, self.half, self.value = feature[order], half[order], value[order]
-        self.key, self.where, self.window = key[order], where[order], window[order]
+        for name, column in zip(COLUMNS, columns, strict=True):
+            setattr(self, name, column[order])
         self._worst = np.full(self._groups, np.inf)
         sizes = np.bincount(group, minlength=self._groups)
         full = np.flatnonzero(sizes >= self.limit)
@@ -97,6 +99,10 @@ class Kept:
         new[1:] = (group[order][1:] != group[order][:-1]) | (place[order][1:] != place[order][:-1])
         first[order[new]] = True
         return first
+
+    def forget(self, groups: np.ndarray) -> None:
+        """These groups, numbers or mask, mean something else now: whatever comes is wanted until the next trim."""
+        self._worst[groups] = np.inf
 
     def merge(self, other: Kept) -> None:
         """Takes over another table's examples. Raises FastSAEError for a table of another kind."""

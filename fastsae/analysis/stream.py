@@ -54,11 +54,15 @@ def read(
     context: int = 128,
     batch_size: int = 32,
     max_tokens: int | None = None,
+    start: int = 0,
+    rank: int = 0,
+    world: int = 1,
 ) -> Iterator[Read]:
     """The documents in their order, each from the start of a context; begin-of-text tokens, separators and padding are
     left out, as the harvest leaves them out. A model that several sources share runs once.
 
-    max_tokens: stop after the batch with which so many are reached.
+    max_tokens: stop after the batch with which so many are reached. rank, world: only every world-th batch, from number
+    rank on. start: of these, leave out so many, for which no model runs.
     Raises FastSAEError: no text, no such module, an SAE of another width, a tokenizer of another model, activations
     that are not finite.
     """
@@ -67,9 +71,14 @@ def read(
     for source in sources:
         model_limits(source.model, tokenizer, context)
     done = 0
-    for batch in context_batches(tokenizer, documents, context, batch_size, "cut"):
+    for number, batch in enumerate(context_batches(tokenizer, documents, context, batch_size, "cut")):
+        if max_tokens is not None and done >= max_tokens:
+            return
         keep = batch.keep
         n = int(keep.sum())
+        done += n
+        if number % world != rank or number // world < start:
+            continue
         grid = torch.full(keep.shape, -1)
         grid[keep] = torch.arange(n)
         ran: dict[tuple[int, str], Tensor] = {}
@@ -83,9 +92,6 @@ def read(
         codes = tuple(encoded(source.sae, x, source.hook) for source, x in zip(sources, xs, strict=True))
         places = (batch.token_ids[keep], batch.documents[keep], batch.positions[keep])
         yield Read(*places, grid, batch.token_ids, xs, codes)
-        done += n
-        if max_tokens is not None and done >= max_tokens:
-            return
 
 
 @torch.no_grad()

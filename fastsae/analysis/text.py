@@ -22,11 +22,14 @@ class Text:
     """ids: [N] int32. first: [documents + 1], where each document begins. half: [documents] bool, True where features
     are scored, False where they are chosen. bytes_of: the vocabulary's. counts: of the whole text, for proxies.
 
-    Memory: 4 N bytes and the documents themselves; scores are made for some documents at a time.
+    Memory: 4 N bytes and the documents themselves; scores are made for some documents at a time, or kept for all of
+    them, 4 N P bytes, where tokens are asked for in no order (keep_scores).
     Raises FastSAEError where there is no text.
     """
 
-    def __init__(self, tokenizer: Any, documents: Sequence[Any], chosen: Sequence[Proxy] = ()) -> None:
+    def __init__(
+        self, tokenizer: Any, documents: Sequence[Any], chosen: Sequence[Proxy] = (), keep_scores: bool = False
+    ) -> None:
         self.bytes_of = TokenBytes.of(tokenizer)
         self.proxies = tuple(chosen)
         pieces, lengths = [], []
@@ -44,6 +47,8 @@ class Text:
         for low, high in self._parts(0, len(documents)):
             self.counts.add(self.spelling(low, high))
         self._scored: tuple[int, int, np.ndarray] = (0, 0, np.zeros((len(self.proxies), 0), np.float32))
+        if keep_scores:
+            self._score(0, self.documents)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -68,13 +73,14 @@ class Text:
         if not len(where) or not self.proxies:
             return np.zeros((len(where), len(self.proxies)), np.float32)
         low, high = int(documents.min()), int(documents.max()) + 1
-        begin, end, scored = self._scored
-        if low < begin or high > end:
-            end = max(high, min(low + _AT_ONCE, self.documents))
-            parts = [score_all(self.proxies, self.spelling(a, b), self.counts) for a, b in self._parts(low, end)]
-            begin, scored = low, np.concatenate(parts, axis=1)
-            self._scored = (begin, end, scored)
+        if low < self._scored[0] or high > self._scored[1]:
+            self._score(low, max(high, min(low + _AT_ONCE, self.documents)))
+        begin, _, scored = self._scored
         return scored[:, where - self.first[begin]].T
+
+    def _score(self, low: int, high: int) -> None:
+        parts = [score_all(self.proxies, self.spelling(a, b), self.counts) for a, b in self._parts(low, high)]
+        self._scored = (low, high, np.concatenate(parts, axis=1))
 
     def document_of(self, where: np.ndarray | int) -> np.ndarray:
         """The document that tokens stand in."""
