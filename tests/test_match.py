@@ -25,7 +25,8 @@ HOOK, TEXTS = case.HOOK, case.documents()
 
 def run(a: Source, b: Source, tokenizer: Any, **options: Any) -> Match:
     settings: dict[str, Any] = {"context": 33, "batch_size": 4, "show_progress": False, "shuffled_control": False}
-    return match(a, b, tokenizer, TEXTS, **(settings | {"min_fires": 5, "logit_contexts": 2} | options))
+    settings |= {"min_fires": 5, "logit_contexts": 2} | options
+    return match(a, b, tokenizer, TEXTS, **settings)
 
 
 def dense(sae: SAE, model: Any, tokenizer: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -78,6 +79,7 @@ def test_every_figure_is_that_of_dense_columns():
         np.dot(p, q) / np.linalg.norm(p) / np.linalg.norm(q)
         for p, q in zip(sae_a.W_dec.detach().numpy(), sae_b.W_dec.detach().numpy()[found.best], strict=True)
     ]
+    assert found.decoder_cosine is not None
     np.testing.assert_allclose(found.decoder_cosine, np.where(live, cosine, np.nan), atol=1e-5)
     assert found.medians()["pearson"] == pytest.approx(np.median(r.max(1)[live]), abs=1e-6)
 

@@ -137,6 +137,10 @@ class Split:
             rows.append({"edges": len(edges.parents), "parents": len(have), "mean_children": mean, "most": most})
         return rows
 
+    def steps(self) -> list[tuple[int, int, dict[str, float]]]:
+        """(width, next width, row of `summary`) of each step from one dictionary to the next."""
+        return list(zip(self.widths, self.widths[1:], self.summary(), strict=False))
+
     def save(self, path: str | Path) -> None:
         """Writes to_dict() as JSON."""
         write_json(Path(path), self.to_dict())
@@ -294,3 +298,21 @@ def map_of(
     clusters = HDBSCAN(min_cluster_size=size, copy=True).fit_predict(points)
     layer = np.repeat(np.arange(len(numbers)), [len(n) for n in numbers])
     return FeatureMap(layer, torch.cat(numbers).numpy(), points, np.asarray(clusters, dtype=np.int64))
+
+
+def draw_map(found: Split, decoders: Sequence[Tensor], out: Path, seed: int = 0) -> FeatureMap:
+    """Writes out/map.json and out/map.png: the features that fire, coloured by density, clusters numbered.
+
+    decoders: [F, D] of each dictionary of `found`. Raises as map_of.
+    """
+    from fastsae import figures
+
+    figures.require_matplotlib()
+    drawn = map_of(decoders, [part > 0 for part in found.density], seed=seed)
+    density = np.concatenate([part[part > 0].numpy() for part in found.density])
+    write_json(out / "map.json", {**drawn.to_dict(), "density": density.tolist()})
+    label = "share of tokens on which the feature fires"
+    figures.feature_map(
+        drawn.points, density, label, out / "map.png", layers=drawn.layer, clusters=drawn.clusters, log=True
+    )
+    return drawn
