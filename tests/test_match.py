@@ -11,7 +11,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from fastsae.analysis.collect import scoring_half
-from fastsae.analysis.cross import FeatureSums, add_products, entries, pearson, sample_of
+from fastsae.analysis.cross import FeatureSums, add_products, entries, pearson, row_blocks, sample_of
 from fastsae.analysis.logits import LogitMap, logit_changes
 from fastsae.analysis.stream import Source
 from fastsae.analysis.universality import Match, match, shuffled
@@ -260,3 +260,49 @@ def test_bad_input_is_one_line():
         assert "\n" not in str(caught.value)
     with pytest.raises(FastSAEError, match="at least 2 documents"):
         match(source, source, tokenizer, TEXTS[:1], show_progress=False)
+
+
+def test_rows_are_compared_block_by_block(monkeypatch):
+    from fastsae.analysis import universality
+
+    sae_a, model_a, tokenizer = case.case(0)
+    sae_b, model_b, _ = case.case(1)
+    sources = Source(sae_a, model_a, HOOK), Source(sae_b, model_b, HOOK)
+    whole = run(*sources, tokenizer)
+    monkeypatch.setattr(universality, "row_blocks", lambda count: row_blocks(count, 7))
+    assert run(*sources, tokenizer).to_dict() == whole.to_dict()
+
+
+def test_the_verb_writes_the_match(tmp_path, capsys):
+    from fastsae import cli
+
+    sae, model, tokenizer = case.case()
+    for name, network in (("lm", model), ("other", case.case(1)[1])):
+        network.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    sae.save_pretrained(tmp_path / "sae")
+    folder = tmp_path / "text"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text(
+        "".join(json.dumps({"text": f"{text} {i}"}) + "\n" for i, text in enumerate(TEXTS * 9))
+    )
+    argv = [
+        "match",
+        "--sae",
+        str(tmp_path / "sae"),
+        "--other-sae",
+        str(tmp_path / "sae"),
+        "--model",
+        str(tmp_path / "lm"),
+    ]
+    argv += ["--hook", HOOK, "--text", str(folder), "--context", "33", "--min-fires", "3", "--logit-contexts", "2"]
+    capsys.readouterr()
+    assert cli.main([*argv, "--out", str(tmp_path / "same"), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["median pearson"] == pytest.approx(1, abs=1e-6) and shown["median control"] < 0.95
+    assert shown["median neurons"] is None and shown["live"] > 5
+    assert Match.load(tmp_path / "same" / "match.json").tokens == shown["tokens"]
+    assert cli.main([*argv, "--other-model", str(tmp_path / "other"), "--out", str(tmp_path / "two"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["median neurons"] > 0
+    assert cli.main([*argv, "--other-hook", "transformer.h.9", "--out", str(tmp_path / "bad")]) == 2
+    assert "did you mean" in capsys.readouterr().err

@@ -15,13 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsae.analysis.cross import FeatureSums, add_products, cosine, entries
-from fastsae.analysis.stream import Source, read
+from fastsae.analysis.cross import FeatureSums, add_products, cosine, entries, row_blocks
+from fastsae.analysis.stream import Source, read, watched
 from fastsae.codes import SparseCode
 from fastsae.errors import FastSAEError, MissingDependencyError
 from fastsae.files import write_json
 from fastsae.harvest import check_options
-from fastsae.progress import progress
 
 
 @dataclass(frozen=True)
@@ -188,10 +187,8 @@ def split(
     stream = read(
         sources, tokenizer, documents, context=config.context, batch_size=config.batch_size, max_tokens=config.tokens
     )
-    with progress("split", config.tokens, "tokens", show=show_progress) as meter:
-        for some in stream:
-            splitting.add(some.codes)
-            meter.advance(len(some.token_ids))
+    for some in watched(stream, "split", documents, config.tokens, show_progress):
+        splitting.add(some.codes)
     return splitting.result()
 
 
@@ -228,12 +225,17 @@ class Splitting:
         return Split(n, self.config.threshold, density, edges)
 
     def _edges(self, xy: Tensor, x: FeatureSums, y: FeatureSums) -> Edges:
-        cosines, few = cosine(xy, x, y), self.config.min_fires
-        close = (cosines > self.config.threshold) & (x.fires >= few)[:, None] & (y.fires >= few)
-        parents, children = close.nonzero(as_tuple=True)
-        values = cosines[parents, children]
-        order = torch.from_numpy(np.lexsort((-values.cpu().numpy(), parents.cpu().numpy()))).to(parents.device)
-        return Edges(parents[order].cpu(), children[order].cpu(), values[order].float().cpu())
+        few, found = self.config.min_fires, []
+        for rows in row_blocks(len(xy)):
+            part = x.rows(rows)
+            cosines = cosine(xy[rows], part, y)
+            close = (cosines > self.config.threshold) & (part.fires >= few)[:, None] & (y.fires >= few)
+            parents, children = close.nonzero(as_tuple=True)
+            values = cosines[parents, children].cpu()
+            parents, children = parents.cpu() + rows.start, children.cpu()
+            order = torch.from_numpy(np.lexsort((-values.numpy(), parents.numpy())))
+            found.append((parents[order], children[order], values[order].float()))
+        return Edges(*(torch.cat(column) for column in zip(*found, strict=True)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -295,7 +297,8 @@ def map_of(
     ).fit_transform(rows)
     points = np.asarray(points, dtype=np.float32)
     size = max(2, min(min_cluster, len(rows) // 2))
-    clusters = HDBSCAN(min_cluster_size=size, copy=True).fit_predict(points)
+    unchanged: Any = True  # scikit-learn's own annotation allows the word "warn" alone
+    clusters = HDBSCAN(min_cluster_size=size, copy=unchanged).fit_predict(points)
     layer = np.repeat(np.arange(len(numbers)), [len(n) for n in numbers])
     return FeatureMap(layer, torch.cat(numbers).numpy(), points, np.asarray(clusters, dtype=np.int64))
 
