@@ -46,7 +46,11 @@ def test_a_planted_split_is_found():
     assert found.descendants(0, 1) == {0: [1], 1: [0], 2: [3]}
     assert found.descendants(1, 2) == {1: [2], 2: [0, 1]}
     assert [f for f, _ in found.parents(2, 0)] == [2] and found.parents(0, 0) == [] == found.children(2, 0)
-    assert found.parents(2, 2) == []  # three tokens are too few to tell
+    rare = torch.zeros(100, 1)
+    rare[:3] = 1.0  # three tokens are too few to tell, whichever side they are on
+    common = rare + 0.01
+    assert graph(rare, common).children(0, 0) == [] == graph(common, rare).children(0, 0)
+    assert len(graph(rare, common, min_fires=3).children(0, 0)) == 1
     assert found.summary()[0] == {"edges": 3, "parents": 2, "mean_children": 1.5, "most": 2.0}
 
 
