@@ -164,6 +164,14 @@ def test_figures_of_maps_of_any_values(tmp_path):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_figures_of_matches_and_densities(tmp_path):
+    values = {"features": np.array([0.2, 0.9, np.nan]), "neurons": np.array([0.1]), "none": np.array([np.nan])}
+    figures.best_matches(values, tmp_path / "matches.png")
+    figures.density([1, 5, 9], [-3, -2, -1, 0], tmp_path / "density.png", ultra_low=[1, 0, 0])
+    for name in ("matches", "density"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.slow  # umap compiles itself for 20 s
 def test_the_verb_writes_graph_and_map(tmp_path, capsys):
     import json
