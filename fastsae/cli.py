@@ -13,17 +13,16 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 from fastsae.analysis import AnalyzeConfig
-from fastsae.analysis.splitting import SplitConfig
-from fastsae.analysis.universality import MatchConfig
+from fastsae.cli_compare import match, split
 from fastsae.errors import FastSAEError
 from fastsae.estimate import Estimate
 from fastsae.evaluate import EvalConfig
 from fastsae.files import claim_folder
 from fastsae.harvest import HarvestConfig
+from fastsae.inputs import load_model, load_sae, quiet
 from fastsae.lm import MLP_HOOK, LMConfig
 from fastsae.machines import GPUS
 from fastsae.recipe import Preset, TrainConfig
-from fastsae.sae import SAE
 
 try:
     import tyro
@@ -76,7 +75,7 @@ def lm(
     from fastsae import corpus
     from fastsae import lm as module
 
-    _quiet()
+    quiet()
     documents = corpus.load(text, text_field=text_field)
     return module.train(
         corpus.split_of(documents, "train"),
@@ -110,7 +109,7 @@ def harvest(
     import fastsae
     from fastsae import corpus
 
-    network, tokenizer = _load_model(model)
+    network, tokenizer = load_model(model)
     documents = corpus.load(text, "train", text_field)
     store = fastsae.harvest(network, tokenizer, documents, hook, out, config, resume=resume)
     return {"store": str(out), "count": store.count, "width": store.width, "mean_norm": store.mean_norm}
@@ -157,7 +156,7 @@ def evaluate(
     import fastsae
     from fastsae import corpus
 
-    network, tokenizer = _load_model(model)
+    network, tokenizer = load_model(model)
     documents = corpus.load(text, "heldout", text_field)
     return fastsae.evaluate(load_sae(sae), network, tokenizer, documents, hook, config).to_dict()
 
@@ -192,111 +191,13 @@ def analyze(
         raise FastSAEError("other_sae and other_model go together, got one of them")
     given = {"sae": sae, "model": model, "hook": hook, "text": text, "other_sae": other_sae, "other_model": other_model}
     claim_folder(out, "analysis", {**given, "analyze": asdict(config)}, resume=True)
-    network, tokenizer = _load_model(model)
+    network, tokenizer = load_model(model)
     other = None
     if other_sae is not None and other_model is not None:
-        other = (load_sae(other_sae), _load_model(other_model)[0])
+        other = (load_sae(other_sae), load_model(other_model)[0])
     documents = corpus.load(text, "heldout", text_field)
     found = run(load_sae(sae), network, tokenizer, documents, hook, out, config, other=other)
     return {**found, "report": str(out / "report.html")}
-
-
-def match(
-    sae: Path,
-    model: str,
-    other_sae: Path,
-    out: Path,
-    config: OnOneLevel[MatchConfig],
-    hook: str = MLP_HOOK,
-    other_model: str | None = None,
-    other_hook: str | None = None,
-    text: str = "builtin",
-    text_field: str = "text",
-) -> dict:
-    """Look for every feature of a dictionary in another run: other seed, width, layer or model with its tokenizer.
-
-    Args:
-        sae: Folder of the dictionary (the run's folder or its sae/ folder).
-        model: Folder or hub name of the causal LM it was trained on.
-        other_sae: Folder of the dictionary to look in.
-        out: New folder, or one that this same command made; match.json holds every feature's figures.
-        hook: Module path that the dictionary was trained on.
-        other_model: The causal LM of the other dictionary; left out, the same one.
-        other_hook: Module path of the other dictionary; left out, the same one.
-        text: builtin, a text file, a .jsonl file, a folder of those, or hf:NAME; its held-out documents are used.
-        text_field: Field of a JSONL line or dataset row that holds the text.
-    """
-    from fastsae import corpus
-    from fastsae.analysis import universality
-    from fastsae.analysis.stream import Source
-
-    given = {"sae": sae, "model": model, "hook": hook, "text": text, "other_sae": other_sae}
-    given |= {"other_model": other_model, "other_hook": other_hook}
-    claim_folder(out, "match", {**given, "match": asdict(config)}, resume=True)
-    network, tokenizer = _load_model(model)
-    other, words = (network, tokenizer) if other_model in (None, model) else _load_model(other_model)
-    if words.get_vocab() != tokenizer.get_vocab():
-        raise FastSAEError(f"{model} and {other_model} must share a tokenizer: match compares them token by token")
-    documents = corpus.load(text, "heldout", text_field)
-    sources = Source(load_sae(sae), network, hook), Source(load_sae(other_sae), other, other_hook or hook)
-    found = universality.match(*sources, tokenizer, documents, config)
-    found.save(out / "match.json")
-    medians = {f"median {name}": value for name, value in found.medians().items()}
-    return {"tokens": found.tokens, "live": int(found.live.sum()), **medians, "match": str(out / "match.json")}
-
-
-def split(
-    saes: tuple[Path, ...],
-    model: str,
-    out: Path,
-    config: OnOneLevel[SplitConfig],
-    hook: str = MLP_HOOK,
-    text: str = "builtin",
-    text_field: str = "text",
-) -> dict:
-    """Join the features of dictionaries of growing width on one module, and draw a map of them.
-
-    Args:
-        saes: Folders of the dictionaries, from the narrowest to the widest.
-        model: Folder or hub name of the causal LM they were trained on.
-        out: New folder, or one that this same command made: split.json, map.json and map.png.
-        hook: Module path they were trained on.
-        text: builtin, a text file, a .jsonl file, a folder of those, or hf:NAME; its held-out documents are used.
-        text_field: Field of a JSONL line or dataset row that holds the text.
-    """
-    from fastsae import corpus
-    from fastsae.analysis import splitting
-    from fastsae.analysis.stream import Source
-
-    given = {"saes": [str(sae) for sae in saes], "model": model, "hook": hook, "text": text}
-    claim_folder(out, "split", {**given, "split": asdict(config)}, resume=True)
-    network, tokenizer = _load_model(model)
-    documents = corpus.load(text, "heldout", text_field)
-    dictionaries = [load_sae(sae) for sae in saes]
-    found = splitting.split([Source(sae, network, hook) for sae in dictionaries], tokenizer, documents, config)
-    found.save(out / "split.json")
-    splitting.draw_map(found, [sae.W_dec for sae in dictionaries], out)
-    steps = {f"children, {a} to {b}": row["mean_children"] for a, b, row in found.steps()}
-    return {"tokens": found.tokens, **steps, "split": str(out / "split.json"), "map": str(out / "map.png")}
-
-
-def _load_model(name: str) -> tuple[Any, Any]:
-    """Model and tokenizer, without transformers' own progress bars: one kind of bar on a terminal is enough."""
-    from fastsae import lm as module
-
-    _quiet()
-    return module.load(name)
-
-
-def _quiet() -> None:
-    """transformers and the hub say nothing of their own: what matters of it comes in our errors."""
-    import logging
-
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 def estimate(
@@ -317,11 +218,6 @@ def estimate(
     import fastsae
 
     return fastsae.estimate(config, gpu=gpu)
-
-
-def load_sae(folder: Path) -> SAE:
-    """The SAE in a folder, or in the sae/ folder of a training run."""
-    return SAE.from_pretrained(folder / "sae" if (folder / "sae" / "cfg.json").exists() else folder)
 
 
 VERBS: dict[str, Callable[..., dict | Estimate]] = {
