@@ -13,16 +13,17 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 from fastsae.analysis import AnalyzeConfig
-from fastsae.analysis.steering import SteerConfig, Steering
+from fastsae.analysis.steering import Steering
+from fastsae.cli_analysis import match, split, steer
 from fastsae.errors import FastSAEError
 from fastsae.estimate import Estimate
 from fastsae.evaluate import EvalConfig
 from fastsae.files import claim_folder
 from fastsae.harvest import HarvestConfig
+from fastsae.inputs import load_model, load_sae, quiet
 from fastsae.lm import MLP_HOOK, LMConfig
 from fastsae.machines import GPUS
 from fastsae.recipe import Preset, TrainConfig
-from fastsae.sae import SAE
 
 try:
     import tyro
@@ -75,7 +76,7 @@ def lm(
     from fastsae import corpus
     from fastsae import lm as module
 
-    _quiet()
+    quiet()
     documents = corpus.load(text, text_field=text_field)
     return module.train(
         corpus.split_of(documents, "train"),
@@ -109,7 +110,7 @@ def harvest(
     import fastsae
     from fastsae import corpus
 
-    network, tokenizer = _load_model(model)
+    network, tokenizer = load_model(model)
     documents = corpus.load(text, "train", text_field)
     store = fastsae.harvest(network, tokenizer, documents, hook, out, config, resume=resume)
     return {"store": str(out), "count": store.count, "width": store.width, "mean_norm": store.mean_norm}
@@ -156,7 +157,7 @@ def evaluate(
     import fastsae
     from fastsae import corpus
 
-    network, tokenizer = _load_model(model)
+    network, tokenizer = load_model(model)
     documents = corpus.load(text, "heldout", text_field)
     return fastsae.evaluate(load_sae(sae), network, tokenizer, documents, hook, config).to_dict()
 
@@ -191,71 +192,13 @@ def analyze(
         raise FastSAEError("other_sae and other_model go together, got one of them")
     given = {"sae": sae, "model": model, "hook": hook, "text": text, "other_sae": other_sae, "other_model": other_model}
     claim_folder(out, "analysis", {**given, "analyze": asdict(config)}, resume=True)
-    network, tokenizer = _load_model(model)
+    network, tokenizer = load_model(model)
     other = None
     if other_sae is not None and other_model is not None:
-        other = (load_sae(other_sae), _load_model(other_model)[0])
+        other = (load_sae(other_sae), load_model(other_model)[0])
     documents = corpus.load(text, "heldout", text_field)
     found = run(load_sae(sae), network, tokenizer, documents, hook, out, config, other=other)
     return {**found, "report": str(out / "report.html")}
-
-
-def steer(
-    sae: Path,
-    model: str,
-    config: OnOneLevel[SteerConfig],
-    hook: str = MLP_HOOK,
-    text: str = "builtin",
-    text_field: str = "text",
-) -> Steering:
-    """Let a model write with features pinned, raised or ablated, beside what it writes without.
-
-        fastsae steer --sae runs/sae --model gpt2 --features 1234 --multiple 2 --prompts "My friend said"
-
-    Args:
-        sae: Folder of the dictionary (the run's folder or its sae/ folder).
-        model: Folder or hub name of the causal LM it was trained on.
-        hook: Module path it was trained on.
-        text: Where the features' maxima are measured, unless --value is given: builtin, a text file, a .jsonl file, a
-            folder of those, or hf:NAME; its held-out documents are used.
-        text_field: Field of a JSONL line or dataset row that holds the text.
-    """
-    from fastsae import corpus
-    from fastsae.analysis import steering
-
-    dictionary = load_sae(sae)
-    network, tokenizer = _load_model(model)
-    measured: dict[int, float] = {}
-    if config.needs_maxima:
-        longest = getattr(network.config, "max_position_embeddings", None) or config.context
-        documents = corpus.load(text, "heldout", text_field)
-        measured = steering.maxima(
-            dictionary, network, tokenizer, documents, hook, config.features,
-            tokens=config.measure_tokens, context=min(config.context, longest), batch_size=config.batch_size,
-        )  # fmt: skip
-    edits = config.edits(measured)
-    options = {name: getattr(config, name) for name in ("tokens", "samples", "temperature", "seed")}
-    found = steering.steer(dictionary, network, tokenizer, config.prompts, hook, edits, **options)
-    return Steering(edits, found, measured)
-
-
-def _load_model(name: str) -> tuple[Any, Any]:
-    """Model and tokenizer, without transformers' own progress bars: one kind of bar on a terminal is enough."""
-    from fastsae import lm as module
-
-    _quiet()
-    return module.load(name)
-
-
-def _quiet() -> None:
-    """transformers and the hub say nothing of their own: what matters of it comes in our errors."""
-    import logging
-
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 def estimate(
@@ -278,11 +221,6 @@ def estimate(
     return fastsae.estimate(config, gpu=gpu)
 
 
-def load_sae(folder: Path) -> SAE:
-    """The SAE in a folder, or in the sae/ folder of a training run."""
-    return SAE.from_pretrained(folder / "sae" if (folder / "sae" / "cfg.json").exists() else folder)
-
-
 VERBS: dict[str, Callable[..., dict | Estimate | Steering]] = {
     "demo": demo,
     "lm": lm,
@@ -291,6 +229,8 @@ VERBS: dict[str, Callable[..., dict | Estimate | Steering]] = {
     "eval": evaluate,
     "analyze": analyze,
     "steer": steer,
+    "match": match,
+    "split": split,
     "estimate": estimate,
 }
 
@@ -396,7 +336,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _again(argv: Sequence[str]) -> str:
     """How to go on with a verb that was stopped."""
-    if argv[:1] in (["eval"], ["analyze"], ["steer"], ["estimate"]):
+    if argv[:1] in (["eval"], ["analyze"], ["steer"], ["match"], ["split"], ["estimate"]):
         return "the same command starts over"
     resume = "" if argv[:1] == ["demo"] else " with --resume"
     return f"the same command{resume} goes on from here"

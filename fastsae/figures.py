@@ -47,10 +47,13 @@ def features_and_neurons(categories: list[dict], path: Path) -> None:
     figure.savefig(path)
 
 
-def density(histogram: list[int], edges: list[float], path: Path) -> None:
-    """How many features fire how often."""
+def density(histogram: list[int], edges: list[float], path: Path, *, ultra_low: list[int] | None = None) -> None:
+    """How many features fire how often. ultra_low: those of the ultra-low cluster, of the same bins, drawn apart."""
     figure, axes = _figure(2.6)
-    axes.stairs(histogram, edges, fill=True, color=INSIDE, alpha=0.85)
+    axes.stairs(histogram, edges, fill=True, color=INSIDE, alpha=0.85, label="all features")
+    if ultra_low is not None and any(ultra_low):
+        axes.stairs(ultra_low, edges, fill=True, color=LINE, alpha=0.85, label="the ultra-low cluster")
+        axes.legend(**ABOVE)
     axes.set_xlabel("log₁₀ of the share of tokens on which a feature fires")
     axes.set_ylabel("features")
     figure.savefig(path)
@@ -117,6 +120,30 @@ def logits(weights: dict, name: str, path: Path) -> None:
     axes.set_ylim(bottom=0)
     axes.set_ylabel("vocabulary (log)")
     axes.legend(**ABOVE)
+    figure.savefig(path)
+
+
+def best_matches(series: dict[str, Any], path: Path, label: str = "Pearson's r with the best match") -> None:
+    """Distributions of likeness in another run, by name: "features", "neurons", "shuffled model", each values [·].
+
+    As shares of their number, for there are more features than neurons; NaN is left out; a line marks the median.
+    """
+    import numpy as np
+
+    figure, axes = _figure(2.8)
+    edges = np.linspace(-0.2, 1.0, 49)
+    for (name, values), color in zip(series.items(), (INSIDE, OUTSIDE, LINE, "#0072b2"), strict=False):
+        values = np.asarray(values, dtype=float)
+        values = values[np.isfinite(values)]
+        if not len(values):
+            continue
+        shares = np.histogram(values.clip(edges[0], edges[-1]), edges)[0] / len(values)
+        axes.stairs(shares, edges, color=color, lw=2, label=f"{name}, median {np.median(values):.2f}")
+        axes.axvline(np.median(values), color=color, lw=1, ls=":")
+    axes.set_xlabel(label)
+    axes.set_ylabel("share")
+    axes.set_ylim(bottom=0)
+    axes.legend(**{**ABOVE, "ncols": 2})
     figure.savefig(path)
 
 

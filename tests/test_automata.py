@@ -114,7 +114,8 @@ def test_numbers_are_those_counted_by_hand():
 def test_what_the_text_does_but_the_model_does_not_is_no_edge():
     """a is often followed by x here ("ax"), but a's logit weights say nothing of x."""
     assert all((e.source, e.target) != (0, 4) for e in run(min_excess=0.01).edges)
-    assert run(min_excess=0.99).edges == ()
+    assert run(min_excess=0.99).edges == () == run(min_logit=100.0).edges
+    assert {(e.source, e.target) for e in run(min_excess=0.7).edges} < {(e.source, e.target) for e in run().edges}
 
 
 def test_states_can_be_chosen_or_sampled():

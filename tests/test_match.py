@@ -11,7 +11,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from fastsae.analysis.collect import scoring_half
-from fastsae.analysis.cross import FeatureSums, add_products, entries, pearson, sample_of
+from fastsae.analysis.cross import FeatureSums, add_products, entries, pearson, row_blocks, sample_of
 from fastsae.analysis.logits import LogitMap, logit_changes
 from fastsae.analysis.stream import Source
 from fastsae.analysis.universality import Match, match, shuffled
@@ -25,7 +25,8 @@ HOOK, TEXTS = case.HOOK, case.documents()
 
 def run(a: Source, b: Source, tokenizer: Any, **options: Any) -> Match:
     settings: dict[str, Any] = {"context": 33, "batch_size": 4, "show_progress": False, "shuffled_control": False}
-    return match(a, b, tokenizer, TEXTS, **(settings | {"min_fires": 5, "logit_contexts": 2} | options))
+    settings |= {"min_fires": 5, "logit_contexts": 2} | options
+    return match(a, b, tokenizer, TEXTS, **settings)
 
 
 def dense(sae: SAE, model: Any, tokenizer: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -47,12 +48,13 @@ def correlations(f: np.ndarray, g: np.ndarray) -> np.ndarray:
         return np.nan_to_num(np.corrcoef(f.T, g.T)[: f.shape[1], f.shape[1] :])
 
 
-def test_every_figure_is_that_of_dense_columns():
+@pytest.mark.parametrize("least", [5, 300])  # the second leaves out features that are the best match of others
+def test_every_figure_is_that_of_dense_columns(least):
     sae_a, model_a, tokenizer = case.case(0)
     sae_b, model_b, _ = case.case(1)
-    found = run(Source(sae_a, model_a, HOOK), Source(sae_b, model_b, HOOK), tokenizer)
+    found = run(Source(sae_a, model_a, HOOK), Source(sae_b, model_b, HOOK), tokenizer, min_fires=least)
     (f, x, scoring), (g, y, _) = dense(sae_a, model_a, tokenizer), dense(sae_b, model_b, tokenizer)
-    live, few = (f > 0).sum(0) >= 5, (g > 0).sum(0) < 5
+    live, few = (f > 0).sum(0) >= least, (g > 0).sum(0) < least
     assert found.tokens == len(f) and not found.sampled and 5 < live.sum()
     np.testing.assert_array_equal(found.fires, (f > 0).sum(0))
     r = correlations(f, g)
@@ -78,6 +80,7 @@ def test_every_figure_is_that_of_dense_columns():
         np.dot(p, q) / np.linalg.norm(p) / np.linalg.norm(q)
         for p, q in zip(sae_a.W_dec.detach().numpy(), sae_b.W_dec.detach().numpy()[found.best], strict=True)
     ]
+    assert found.decoder_cosine is not None
     np.testing.assert_allclose(found.decoder_cosine, np.where(live, cosine, np.nan), atol=1e-5)
     assert found.medians()["pearson"] == pytest.approx(np.median(r.max(1)[live]), abs=1e-6)
 
@@ -258,3 +261,49 @@ def test_bad_input_is_one_line():
         assert "\n" not in str(caught.value)
     with pytest.raises(FastSAEError, match="at least 2 documents"):
         match(source, source, tokenizer, TEXTS[:1], show_progress=False)
+
+
+def test_rows_are_compared_block_by_block(monkeypatch):
+    from fastsae.analysis import universality
+
+    sae_a, model_a, tokenizer = case.case(0)
+    sae_b, model_b, _ = case.case(1)
+    sources = Source(sae_a, model_a, HOOK), Source(sae_b, model_b, HOOK)
+    whole = run(*sources, tokenizer)
+    monkeypatch.setattr(universality, "row_blocks", lambda count: row_blocks(count, 7))
+    assert run(*sources, tokenizer).to_dict() == whole.to_dict()
+
+
+def test_the_verb_writes_the_match(tmp_path, capsys):
+    from fastsae import cli
+
+    sae, model, tokenizer = case.case()
+    for name, network in (("lm", model), ("other", case.case(1)[1])):
+        network.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    sae.save_pretrained(tmp_path / "sae")
+    folder = tmp_path / "text"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text(
+        "".join(json.dumps({"text": f"{text} {i}"}) + "\n" for i, text in enumerate(TEXTS * 9))
+    )
+    argv = [
+        "match",
+        "--sae",
+        str(tmp_path / "sae"),
+        "--other-sae",
+        str(tmp_path / "sae"),
+        "--model",
+        str(tmp_path / "lm"),
+    ]
+    argv += ["--hook", HOOK, "--text", str(folder), "--context", "33", "--min-fires", "3", "--logit-contexts", "2"]
+    capsys.readouterr()
+    assert cli.main([*argv, "--out", str(tmp_path / "same"), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["median pearson"] == pytest.approx(1, abs=1e-6) and shown["median control"] < 0.95
+    assert shown["median neurons"] is None and shown["live"] > 5
+    assert Match.load(tmp_path / "same" / "match.json").tokens == shown["tokens"]
+    assert cli.main([*argv, "--other-model", str(tmp_path / "other"), "--out", str(tmp_path / "two"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["median neurons"] > 0
+    assert cli.main([*argv, "--other-hook", "transformer.h.9", "--out", str(tmp_path / "bad")]) == 2
+    assert "did you mean" in capsys.readouterr().err

@@ -46,7 +46,11 @@ def test_a_planted_split_is_found():
     assert found.descendants(0, 1) == {0: [1], 1: [0], 2: [3]}
     assert found.descendants(1, 2) == {1: [2], 2: [0, 1]}
     assert [f for f, _ in found.parents(2, 0)] == [2] and found.parents(0, 0) == [] == found.children(2, 0)
-    assert found.parents(2, 2) == []  # three tokens are too few to tell
+    rare = torch.zeros(100, 1)
+    rare[:3] = 1.0  # three tokens are too few to tell, whichever side they are on
+    common = rare + 0.01
+    assert graph(rare, common).children(0, 0) == [] == graph(common, rare).children(0, 0)
+    assert len(graph(rare, common, min_fires=3).children(0, 0)) == 1
     assert found.summary()[0] == {"edges": 3, "parents": 2, "mean_children": 1.5, "most": 2.0}
 
 
@@ -92,6 +96,14 @@ def test_a_graph_is_json_and_back(tmp_path):
     empty = graph(torch.zeros(20, 2), torch.zeros(20, 3))
     empty.save(tmp_path / "empty.json")
     assert Split.load(tmp_path / "empty.json").descendants(0, 0) == {0: [0], 1: []}
+
+
+def test_rows_are_compared_block_by_block(monkeypatch):
+    from fastsae.analysis import cross, splitting
+
+    whole = graph(*planted(), threshold=0.01)
+    monkeypatch.setattr(splitting, "row_blocks", lambda count: cross.row_blocks(count, 2))
+    assert graph(*planted(), threshold=0.01).to_dict() == whole.to_dict()
 
 
 def test_bad_input_is_one_line(tmp_path):
@@ -150,3 +162,37 @@ def test_figures_of_maps_of_any_values(tmp_path):
     for name, values in (("same", np.zeros(30)), ("some", np.linspace(-1, 1, 30))):
         figures.feature_map(points, values, "r with Arabic", tmp_path / f"{name}.png", clusters=np.full(30, -1))
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_figures_of_matches_and_densities(tmp_path):
+    values = {"features": np.array([0.2, 0.9, np.nan]), "neurons": np.array([0.1]), "none": np.array([np.nan])}
+    figures.best_matches(values, tmp_path / "matches.png")
+    figures.density([1, 5, 9], [-3, -2, -1, 0], tmp_path / "density.png", ultra_low=[1, 0, 0])
+    for name in ("matches", "density"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow  # umap compiles itself for 20 s
+def test_the_verb_writes_graph_and_map(tmp_path, capsys):
+    import json
+
+    from fastsae import cli
+
+    pytest.importorskip("umap")
+    sae, model, tokenizer = case.case()
+    model.save_pretrained(tmp_path / "lm")
+    tokenizer.save_pretrained(tmp_path / "lm")
+    sae.save_pretrained(tmp_path / "narrow")
+    SAE(d_in=24, d_sae=60, activation="relu", seed=3).save_pretrained(tmp_path / "wide")
+    texts = [{"text": f"{text} {i}"} for i, text in enumerate(case.documents() * 9)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+    argv = ["split", "--saes", str(tmp_path / "narrow"), str(tmp_path / "wide"), "--model", str(tmp_path / "lm")]
+    argv += ["--hook", case.HOOK, "--text", str(tmp_path / "text.jsonl"), "--context", "33", "--out"]
+    capsys.readouterr()
+    assert cli.main([*argv, str(tmp_path / "out"), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    found = Split.load(tmp_path / "out" / "split.json")
+    assert found.widths == (40, 60) and found.tokens == shown["tokens"]
+    drawn = json.loads((tmp_path / "out" / "map.json").read_text())
+    assert len(drawn["points"]) == sum(int((part > 0).sum()) for part in found.density) == len(drawn["density"])
+    assert (tmp_path / "out" / "map.png").read_bytes().startswith(b"\x89PNG")

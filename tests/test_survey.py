@@ -18,8 +18,10 @@ from fastsae.analysis.text import scoring_half
 from fastsae.errors import FastSAEError
 from tests import analysis_case, tiny_lm
 
-OPTIONS: dict[str, Any] = {"categories": ("Arabic", "tokens:a"), "context": 32, "batch_size": 4, "around": 3, "top": 3, "bottom": 2,
-           "per_interval": 2, "windows": 40}  # fmt: skip
+OPTIONS: dict[str, Any] = {
+    "categories": ("Arabic", "tokens:a"), "context": 32, "batch_size": 4, "around": 3, "top": 3, "bottom": 2,
+    "per_interval": 2, "windows": 40,
+}  # fmt: skip
 
 
 class Dense:
@@ -111,7 +113,7 @@ def test_histograms_and_overlap_are_exact(survey, truth) -> None:
             assert specificity(overlap).total == pytest.approx(inside.sum() / len(active))
 
 
-def window(truth: Dense, n: int, around: int, k: int) -> tuple[np.ndarray, np.ndarray, int]:
+def window(truth: Dense, n: Any, around: int, k: int) -> tuple[np.ndarray, np.ndarray, int]:
     rows = [r for r in range(n - around, n + around + 1)
             if 0 <= r < len(truth.ids) and truth.context[r] == truth.context[n]]  # fmt: skip
     return truth.ids[rows], truth.f[rows, k], rows.index(n)
@@ -241,8 +243,9 @@ def test_an_interrupted_pass_goes_on(case, survey, tmp_path, monkeypatch) -> Non
         take_survey(source, tokenizer, texts, show_progress=False, out=tmp_path, **OPTIONS)
     with pytest.raises(FastSAEError, match="resume"):
         take_survey(source, tokenizer, texts, show_progress=False, out=tmp_path, **OPTIONS)
+    other: dict[str, Any] = OPTIONS | {"top": 4}
     with pytest.raises(FastSAEError, match="settings: config"):
-        take_survey(source, tokenizer, texts, show_progress=False, out=tmp_path, resume=True, **OPTIONS | {"top": 4})
+        take_survey(source, tokenizer, texts, show_progress=False, out=tmp_path, resume=True, **other)
     (found,) = take_survey(source, tokenizer, texts, show_progress=False, out=tmp_path, resume=True, **OPTIONS)
     equal(found, survey)
     equal(Survey.load(tmp_path / "survey-0.npz"), survey)

@@ -18,11 +18,10 @@ from torch import Tensor
 
 from fastsae.analysis.cross import add_products, entries, fired, rows_of, sample_of, selected
 from fastsae.analysis.logits import ContextSample, LogitMap
-from fastsae.analysis.stream import Read, Source, read
+from fastsae.analysis.stream import Read, Source, read, watched
 from fastsae.errors import FastSAEError
 from fastsae.files import write_json
 from fastsae.harvest import check_options
-from fastsae.progress import progress
 
 _LOGIT_TOKENS = 32  # of each context on which logit weights are taken
 
@@ -207,18 +206,16 @@ def automata(
     stream = read(
         [source], tokenizer, documents, context=config.context, batch_size=config.batch_size, max_tokens=config.tokens
     )
-    with progress("automata", config.tokens, "tokens", show=show_progress) as meter:
-        for some in stream:
-            transitions.add(some)
-            meter.advance(len(some.token_ids))
+    for some in watched(stream, "automata", documents, config.tokens, show_progress):
+        transitions.add(some)
     return transitions.result()
 
 
 class Transitions:
     """The counts of one automaton: `add` every Read with the grid of its text, then `result`.
 
-    Memory is 8 · S · (S + V) bytes for V = vocabulary. Only neighbours in one context count: both tokens kept, the
-    later one right behind.
+    Memory is 8 · S · (S + V) bytes, V being the vocabulary, and up to three times that for a moment in `result`. Only
+    neighbours in one context count: both tokens kept, the later one right behind.
     """
 
     def __init__(

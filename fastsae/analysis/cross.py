@@ -5,6 +5,7 @@ Axes: n tokens, K active features per token, A and B features of the two diction
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -87,12 +88,24 @@ class FeatureSums:
         self.squares.index_add_(0, code.features, code.values.square())
         self.fires.index_add_(0, code.features, torch.ones_like(code.values))
 
+    def rows(self, part: slice) -> FeatureSums:
+        """Those of some of the features."""
+        some = FeatureSums(0)
+        some.n = self.n
+        some.total, some.squares, some.fires = self.total[part], self.squares[part], self.fires[part]
+        return some
+
     def __add__(self, other: FeatureSums) -> FeatureSums:
         both = FeatureSums(len(self.total), self.total.device)
         both.n = self.n + other.n
         both.total, both.squares = self.total + other.total, self.squares + other.squares
         both.fires = self.fires + other.fires
         return both
+
+
+def row_blocks(count: int, size: int = 1024) -> Iterator[slice]:
+    """[0, count) in parts: what is made of a whole [A, B] table takes several times its memory at once."""
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
 def pearson(xy: Tensor, x: FeatureSums, y: FeatureSums) -> Tensor:

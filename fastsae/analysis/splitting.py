@@ -15,13 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsae.analysis.cross import FeatureSums, add_products, cosine, entries
-from fastsae.analysis.stream import Source, read
+from fastsae.analysis.cross import FeatureSums, add_products, cosine, entries, row_blocks
+from fastsae.analysis.stream import Source, read, watched
 from fastsae.codes import SparseCode
 from fastsae.errors import FastSAEError, MissingDependencyError
 from fastsae.files import write_json
 from fastsae.harvest import check_options
-from fastsae.progress import progress
 
 
 @dataclass(frozen=True)
@@ -137,6 +136,10 @@ class Split:
             rows.append({"edges": len(edges.parents), "parents": len(have), "mean_children": mean, "most": most})
         return rows
 
+    def steps(self) -> list[tuple[int, int, dict[str, float]]]:
+        """(width, next width, row of `summary`) of each step from one dictionary to the next."""
+        return list(zip(self.widths, self.widths[1:], self.summary(), strict=False))
+
     def save(self, path: str | Path) -> None:
         """Writes to_dict() as JSON."""
         write_json(Path(path), self.to_dict())
@@ -184,10 +187,8 @@ def split(
     stream = read(
         sources, tokenizer, documents, context=config.context, batch_size=config.batch_size, max_tokens=config.tokens
     )
-    with progress("split", config.tokens, "tokens", show=show_progress) as meter:
-        for some in stream:
-            splitting.add(some.codes)
-            meter.advance(len(some.token_ids))
+    for some in watched(stream, "split", documents, config.tokens, show_progress):
+        splitting.add(some.codes)
     return splitting.result()
 
 
@@ -224,12 +225,17 @@ class Splitting:
         return Split(n, self.config.threshold, density, edges)
 
     def _edges(self, xy: Tensor, x: FeatureSums, y: FeatureSums) -> Edges:
-        cosines, few = cosine(xy, x, y), self.config.min_fires
-        close = (cosines > self.config.threshold) & (x.fires >= few)[:, None] & (y.fires >= few)
-        parents, children = close.nonzero(as_tuple=True)
-        values = cosines[parents, children]
-        order = torch.from_numpy(np.lexsort((-values.cpu().numpy(), parents.cpu().numpy()))).to(parents.device)
-        return Edges(parents[order].cpu(), children[order].cpu(), values[order].float().cpu())
+        few, found = self.config.min_fires, []
+        for rows in row_blocks(len(xy)):
+            part = x.rows(rows)
+            cosines = cosine(xy[rows], part, y)
+            close = (cosines > self.config.threshold) & (part.fires >= few)[:, None] & (y.fires >= few)
+            parents, children = close.nonzero(as_tuple=True)
+            values = cosines[parents, children].cpu()
+            parents, children = parents.cpu() + rows.start, children.cpu()
+            order = torch.from_numpy(np.lexsort((-values.numpy(), parents.numpy())))
+            found.append((parents[order], children[order], values[order].float()))
+        return Edges(*(torch.cat(column) for column in zip(*found, strict=True)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -291,6 +297,25 @@ def map_of(
     ).fit_transform(rows)
     points = np.asarray(points, dtype=np.float32)
     size = max(2, min(min_cluster, len(rows) // 2))
-    clusters = HDBSCAN(min_cluster_size=size, copy=True).fit_predict(points)
+    unchanged: Any = True  # scikit-learn's own annotation allows the word "warn" alone
+    clusters = HDBSCAN(min_cluster_size=size, copy=unchanged).fit_predict(points)
     layer = np.repeat(np.arange(len(numbers)), [len(n) for n in numbers])
     return FeatureMap(layer, torch.cat(numbers).numpy(), points, np.asarray(clusters, dtype=np.int64))
+
+
+def draw_map(found: Split, decoders: Sequence[Tensor], out: Path, seed: int = 0) -> FeatureMap:
+    """Writes out/map.json and out/map.png: the features that fire, coloured by density, clusters numbered.
+
+    decoders: [F, D] of each dictionary of `found`. Raises as map_of.
+    """
+    from fastsae import figures
+
+    figures.require_matplotlib()
+    drawn = map_of(decoders, [part > 0 for part in found.density], seed=seed)
+    density = np.concatenate([part[part > 0].numpy() for part in found.density])
+    write_json(out / "map.json", {**drawn.to_dict(), "density": density.tolist()})
+    label = "share of tokens on which the feature fires"
+    figures.feature_map(
+        drawn.points, density, label, out / "map.png", layers=drawn.layer, clusters=drawn.clusters, log=True
+    )
+    return drawn

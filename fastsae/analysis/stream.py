@@ -15,6 +15,7 @@ from fastsae.codes import SparseCode
 from fastsae.contexts import context_batches, model_limits
 from fastsae.errors import FastSAEError, TooDenseError
 from fastsae.hooks import activations
+from fastsae.progress import progress
 from fastsae.sae import SAE
 from fastsae.store import ActivationStore, MemoryStore
 
@@ -112,6 +113,18 @@ def read_store(
         done += len(x)
         if max_tokens is not None and done >= max_tokens:
             return
+
+
+def watched(
+    reads: Iterator[Read], title: str, documents: Sequence[Any], max_tokens: int | None, show: bool
+) -> Iterator[Read]:
+    """The same reads, with a bar of the tokens asked for or, without a limit, of the documents read."""
+    total, unit = (len(documents), "documents") if max_tokens is None else (max_tokens, "tokens")
+    with progress(title, total, unit, show=show) as meter:
+        for some in reads:
+            yield some
+            done = int(some.documents.max()) + 1 if max_tokens is None and len(some.documents) else meter.done
+            meter.advance(done - meter.done if max_tokens is None else len(some.token_ids))
 
 
 def encoded(sae: SAE, x: Tensor, where: str) -> SparseCode:

@@ -303,7 +303,7 @@ class Survey:
             raise FastSAEError(f"{path} is no survey, or a damaged one: make it again") from None
         if about.get("format") != FORMAT or about.get("version", 0) > VERSION:
             raise FastSAEError(f"expected a {FORMAT} up to version {VERSION} at {path}, got {about.get('format')}")
-        config = {k: tuple(v) if isinstance(v, list) else v for k, v in about["config"].items()}
+        config: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in about["config"].items()}
         found = cls(about["d_sae"], about["d_in"], tuple(about["proxies"]), SurveyConfig(**config))
         found.batches = about["batches"]
         found.maximum, found.neuron_max = arrays["maximum"], arrays["neuron_max"]

@@ -24,16 +24,16 @@ from fastsae.analysis.cross import (
     add_products,
     entries,
     pearson,
+    row_blocks,
     rows_of,
     sample_of,
     selected,
 )
 from fastsae.analysis.logits import ContextSample, LogitMap
-from fastsae.analysis.stream import Read, Source, read
+from fastsae.analysis.stream import Read, Source, read, watched
 from fastsae.errors import FastSAEError, MissingDependencyError
 from fastsae.files import write_json
 from fastsae.harvest import check_options
-from fastsae.progress import progress
 
 _LOGIT_TOKENS = 32  # of each context on which logit weights are taken: they average the final norm's scale, no more
 
@@ -211,10 +211,8 @@ def match(
     stream = read(
         sources, tokenizer, documents, context=config.context, batch_size=config.batch_size, max_tokens=config.tokens
     )
-    with progress("match", config.tokens, "tokens", show=show_progress) as meter:
-        for some in stream:
-            matching.add(some)
-            meter.advance(len(some.token_ids))
+    for some in watched(stream, "match", documents, config.tokens, show_progress):
+        matching.add(some)
     return matching.result()
 
 
@@ -236,18 +234,25 @@ class _Cross:
         add_products(self.xy[half], a, b)
         self.sums[half].add(b)
 
-    def best(self, a: list[FeatureSums], min_fires: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(best [S], its r [S], held-out r [S], r over all tokens [S, B] float32), on the CPU.
+    def best(self, a: list[FeatureSums], min_fires: int, table: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """(best [S], its r [S], held-out r [S]), on the CPU. table [S, B]: takes r over all tokens, where wanted.
 
         Features of this dictionary with fewer than min_fires tokens are no match: their r counts as −1.
         """
-        both = self.sums[0] + self.sums[1]
+        a_both, both = a[0] + a[1], self.sums[0] + self.sums[1]
         few = both.fires < min_fires
-        everywhere = pearson(self.xy.sum(0), a[0] + a[1], both).masked_fill_(few, -1.0)
-        chosen = pearson(self.xy[0], a[0], self.sums[0]).masked_fill_(few, -1.0).argmax(1, keepdim=True)
-        scored = pearson(self.xy[1], a[1], self.sums[1]).gather(1, chosen)[:, 0]
-        r, best = everywhere.max(1)
-        return best.cpu(), r.cpu(), scored.cpu(), everywhere.float().cpu()
+        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        for rows in row_blocks(len(a_both.total)):
+            xy = self.xy[:, rows]
+            everywhere = pearson(xy[0] + xy[1], a_both.rows(rows), both).masked_fill_(few, -1.0)
+            chosen = pearson(xy[0], a[0].rows(rows), self.sums[0]).masked_fill_(few, -1.0).argmax(1, keepdim=True)
+            scored = pearson(xy[1], a[1].rows(rows), self.sums[1]).gather(1, chosen)[:, 0]
+            r, best = everywhere.max(1)
+            found.append((best.cpu(), r.cpu(), scored.cpu()))
+            if table is not None:
+                table[rows] = everywhere.to(table)
+        best, r, scored = (torch.cat(column) for column in zip(*found, strict=True))
+        return best, r, scored
 
 
 class _NeuronCross:
@@ -318,13 +323,15 @@ class Matching:
     def result(self) -> Match:
         sums, least = self._sums[0] + self._sums[1], self.config.min_fires
         dead = (sums.fires < least).cpu()
-        best, r, held_out, everywhere = self._crosses[0].best(self._sums, least)
+        shape = self._crosses[0].xy.shape[1:]
+        table = torch.zeros(shape) if max(shape) <= self.config.assign_up_to else None
+        best, r, held_out = self._crosses[0].best(self._sums, least, table)
         candidates = (self._crosses[0].sums[0].fires + self._crosses[0].sums[1].fires >= least).cpu()
         assigned = assigned_r = control = control_held_out = None
-        if max(everywhere.shape) <= self.config.assign_up_to:
-            assigned, assigned_r = _assign(everywhere, ~dead, candidates)
+        if table is not None:
+            assigned, assigned_r = _assign(table, ~dead, candidates)
         if self.control is not None:
-            _, control, control_held_out, _ = self._crosses[1].best(self._sums, least)
+            _, control, control_held_out = self._crosses[1].best(self._sums, least)
         neurons, neurons_held_out = (None, None) if self._neurons is None else self._neurons.best()
         best = best.masked_fill(dead | ~candidates.any(), -1)
 
