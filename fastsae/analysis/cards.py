@@ -8,7 +8,7 @@ half: 0 where features are chosen, 1 where they are scored, None for all text. A
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -262,7 +262,7 @@ class Cards:
         rows = rows[np.lexsort((table.where[rows], table.key[rows]))][:n]
         return [self._example(table.where[row], table.window[row], table.ids[row]) for row in rows]
 
-    def _example(self, where: int, window: np.ndarray, ids: np.ndarray) -> Example:
+    def _example(self, where: Any, window: np.ndarray, ids: np.ndarray) -> Example:
         there = np.flatnonzero(ids >= 0)
         low, high = int(there[0]), int(there[-1]) + 1
         document = int(np.searchsorted(self.survey.first, where, side="right")) - 1
