@@ -23,8 +23,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsae.analysis.cross import Entries as TorchEntries
-from fastsae.analysis.cross import add_products
 from fastsae.analysis.histogram import Ranges, exponents, widened
 from fastsae.analysis.kept import Kept, uniform
 from fastsae.analysis.proxies import DEFAULT
@@ -196,18 +194,19 @@ class Survey:
         np.add.at(sums["inside_weight"].reshape(-1), flat, value[entry])
 
     def _count_neurons(self, entries: Entries, x: Tensor, half: np.ndarray, scores: np.ndarray) -> None:
-        sums = self.sums
+        sums, P = self.sums, scores.shape[1]
         self.neuron_max = np.maximum(self.neuron_max, x.amax(0).numpy())
-        clipped = torch.from_numpy(np.maximum(scores, 0))
-        for s in range(_HALVES):
-            rows = torch.from_numpy(np.flatnonzero(half == bool(s)))
-            if not len(rows):
-                continue
-            part, c = x[rows], clipped[rows]
-            sums["x"][s] += part.double().sum(0).numpy()
-            sums["xx"][s] += part.square().double().sum(0).numpy()
-            sums["xp"][s] += (part.T @ (c > 0).float()).double().numpy()  # float32 within a batch: thousands of terms
-            sums["xc"][s] += (part.T @ c).double().numpy()
+        # All sums over tokens are one product: what multiplies x is 1, p and max(proxy, 0), in either half. float32
+        # within a batch, as a batch has thousands of terms.
+        clipped = np.maximum(scores, 0)
+        columns = np.concatenate([np.ones((len(x), 1), np.float32), scores > 0, clipped], axis=1)
+        of_half = np.stack([~half, half]).astype(np.float32)  # [2, n]
+        weights = torch.from_numpy((of_half[:, :, None] * columns).transpose(0, 2, 1).reshape(-1, len(x)))
+        found = (weights @ x).double().numpy().reshape(_HALVES, 1 + 2 * P, -1)
+        sums["x"][:] += found[:, 0]
+        sums["xp"][:] += found[:, 1 : 1 + P].transpose(0, 2, 1)
+        sums["xc"][:] += found[:, 1 + P :].transpose(0, 2, 1)
+        sums["xx"][:] += (torch.from_numpy(of_half) @ x.square()).double().numpy()
         row, feature, value = (torch.from_numpy(part) for part in entries)
         if sums["fx"].size:
             code = torch.sparse_coo_tensor(
@@ -215,12 +214,16 @@ class Survey:
             )
             sums["fx"][:] += torch.sparse.mm(code, x).double().numpy()
         if sums["together"].size:
-            counts = torch.bincount(row, minlength=len(x))
-            ones = TorchEntries(counts, feature, torch.ones(len(row), dtype=torch.float64))
-            add_products(torch.from_numpy(sums["together"]), ones, ones)
+            from scipy.sparse import csr_matrix
+
+            on = csr_matrix(
+                (np.ones(len(row), np.float32), (entries.row, entries.feature)), shape=(len(x), self.d_sae)
+            )
+            pairs = (on.T @ on).tocoo()
+            sums["together"][pairs.row, pairs.col] += pairs.data
 
     def _keep(self, some: Read, entries: Entries, where: np.ndarray, half: np.ndarray) -> None:
-        around = Surroundings(some, entries, self.d_sae, self.config.around)
+        around = Surroundings(some, entries, self.config.around)
         row, feature, value = entries
         place, side = where[row], half[row]
         drawn = uniform(self.config.seed, place, feature)
@@ -230,7 +233,7 @@ class Survey:
                 continue
             chosen = np.flatnonzero(table.wanted(feature, side, value, key))
             columns = (feature, side, value, key, place)
-            window, ids = around.window(row[chosen], feature[chosen])
+            window, ids = around.window(chosen)
             table.add(*(column[chosen] for column in columns), window, ids)
         self.random.add(around, entries, where, half)
 

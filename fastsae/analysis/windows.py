@@ -28,22 +28,29 @@ class Surroundings:
     the order of the text, a window is the token alone.
     """
 
-    def __init__(self, some: Read, entries: Entries, d_sae: int, around: int) -> None:
-        self.around, self.d_sae = around, d_sae
+    def __init__(self, some: Read, entries: Entries, around: int) -> None:
+        self.around, self._entries = around, entries
         n = len(some.token_ids)
         self._ids = some.token_ids.numpy().astype(np.int32)
         if some.grid is None:
             self._neighbours = None
+            place = np.arange(n) * (around + 1)  # nobody is near
         else:
             grid = some.grid.numpy()
             self._padded = np.pad(grid, ((0, 0), (around, around)), constant_values=-1)
-            place = np.empty((n, 2), dtype=np.int64)
+            self._neighbours = np.empty((n, 2), dtype=np.int64)
             rows, columns = np.nonzero(grid >= 0)
-            place[grid[rows, columns]] = np.stack([rows, columns], axis=1)
-            self._neighbours = place
-        keys = entries.row * d_sae + entries.feature
-        order = np.argsort(keys, kind="stable")
-        self._keys, self._values = keys[order], entries.value[order]
+            self._neighbours[grid[rows, columns]] = np.stack([rows, columns], axis=1)
+            place = self._neighbours @ np.array([self._padded.shape[1], 1])
+        counts = np.bincount(entries.row, minlength=n)
+        self._end = np.cumsum(counts)
+        self._begin = self._end - counts
+        # By feature, and within a feature in the order of the text: what a feature does around stands around.
+        order = np.argsort(entries.feature, kind="stable")
+        self._position = np.empty_like(order)
+        self._position[order] = np.arange(len(order))
+        self._feature, self._value = entries.feature[order], entries.value[order]
+        self._place = place[entries.row[order]]
 
     def rows(self, row: np.ndarray) -> np.ndarray:
         """The rows of the batch around each of `row` [M], −1 where none is: [M, W]."""
@@ -55,14 +62,25 @@ class Surroundings:
         place = self._neighbours[row]
         return self._padded[place[:, :1], place[:, 1:] + offsets]
 
-    def window(self, row: np.ndarray, feature: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What feature [M] does around row [M]: activations [M, W] float32, NaN where no token is, and ids [M, W]."""
-        near = self.rows(row)
-        wanted = np.maximum(near, 0) * self.d_sae + feature[:, None]
-        place = np.minimum(np.searchsorted(self._keys, wanted), max(len(self._keys) - 1, 0))
-        found = self._keys[place] == wanted if len(self._keys) else np.zeros(wanted.shape, bool)
-        values = np.where(found, self._values[place] if len(self._keys) else 0, 0).astype(np.float32)
+    def window(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What the features of the entries [M] do around them: activations [M, W] float32, NaN where no token is, and
+        ids [M, W]."""
+        near = self.rows(self._entries.row[chosen])
+        values = np.zeros(near.shape, dtype=np.float32)
+        position = self._position[chosen]
+        mine, here = self._feature[position], self._place[position]
+        for step in range(-self.around, self.around + 1):  # a feature has at most an entry a token
+            at = position + step
+            inside = (at >= 0) & (at < len(self._feature))
+            at = np.where(inside, at, 0)
+            offset = self._place[at] - here
+            found = np.flatnonzero(inside & (self._feature[at] == mine) & (np.abs(offset) <= self.around))
+            values[found, offset[found] + self.around] = self._value[at[found]]
         return np.where(near >= 0, values, np.float32(np.nan)), self.ids(near)
+
+    def span(self, near: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where the entries of rows [M, W] begin and end; of no use where there is no row."""
+        return self._begin[np.maximum(near, 0)], self._end[np.maximum(near, 0)]
 
     def ids(self, near: np.ndarray) -> np.ndarray:
         """Token ids of rows [M, W], −1 where none is: int32."""
@@ -92,8 +110,7 @@ class RandomWindows:
             row = np.sort(row[np.argsort(key[row], kind="stable")[: 4 * self.limit]])
         near = surroundings.rows(row)
         ids = surroundings.ids(near)
-        begin = np.searchsorted(entries.row, np.maximum(near, 0), side="left")
-        end = np.searchsorted(entries.row, np.maximum(near, 0), side="right")
+        begin, end = surroundings.span(near)
         counts = np.where(near >= 0, end - begin, 0)  # [M, W] entries of every token
         flat = counts.reshape(-1)
         which = np.arange(flat.sum()) + np.repeat(begin.reshape(-1) - (np.cumsum(flat) - flat), flat)
@@ -106,24 +123,30 @@ class RandomWindows:
                 float(key[row[i]]), bool(half[row[i]]), ids[i],
                 at[span].copy(), feature[span].copy(), value[span].copy(),
             )  # fmt: skip
-        self._trim()
+        self._by_feature = None
+        if len(self.kept) > 3 * self.limit:
+            self._trim()
 
     def _trim(self) -> None:
-        self._by_feature = None
+        """Only the windows that stay."""
         for half in (False, True):
             mine = sorted((kept[0], token) for token, kept in self.kept.items() if kept[1] == half)
             for _, token in mine[self.limit :]:
                 del self.kept[token]
+                self._by_feature = None
             if len(mine) >= self.limit:
                 self._worst[half] = mine[self.limit - 1][0]
 
     def merge(self, other: RandomWindows) -> None:
         """Takes over another's windows."""
+        other._trim()
         self.kept |= other.kept
+        self._by_feature = None
         self._trim()
 
     def numbers(self, half: bool | None = None) -> np.ndarray:
         """`where` of all windows [M], in the order of their keys: a random one."""
+        self._trim()
         tokens = [token for token, kept in self.kept.items() if half is None or kept[1] == half]
         return np.array(sorted(tokens, key=lambda token: self.kept[token][0]), dtype=np.int64)
 
@@ -154,6 +177,7 @@ class RandomWindows:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """All windows, to be saved."""
+        self._trim()
         tokens = sorted(self.kept)
         parts = [self.kept[token] for token in tokens]
         width = 2 * self.around + 1
