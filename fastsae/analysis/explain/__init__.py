@@ -1,0 +1,1 @@
+"""Automated interpretability: explain features from examples, and score the explanations on text they have not seen."""
