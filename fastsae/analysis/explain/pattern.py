@@ -72,7 +72,8 @@ class Atom:
             shown = [f"`{''.join(readable([value]))}`" for value in self.values]
             return f"the token{'s' if len(shown) > 1 else ''} {_listed(shown)}"
         if self.kind == "word":
-            return f"the word{'s' if len(self.values) > 1 else ''} {_listed([f'“{v}”' for v in self.values])} in any case"
+            shown = [f"“{value}”" for value in self.values]
+            return f"the word{'s' if len(shown) > 1 else ''} {_listed(shown)} in any case"
         if self.kind == "script":
             return f"tokens in {self.values[0]} script"
         if self.kind == "class":

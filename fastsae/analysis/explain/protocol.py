@@ -29,6 +29,11 @@ class Mix:
     random: int
     elsewhere: int
 
+    def scaled(self, total: int) -> Mix:
+        """About `total` windows in the same proportions, at least one of each part that has any."""
+        parts = (self.top, self.intervals, self.random, self.elsewhere)
+        return Mix(*(max(1, round(part * total / sum(parts))) if part else 0 for part in parts))
+
 
 # Bricken et al. 2023: 49 windows to explain from, 60 to predict. The 49 are 10 top, 2 from each of 12 intervals, 5
 # random, 10 of the top tokens elsewhere. The parts of the 60 are our reading of the paper.

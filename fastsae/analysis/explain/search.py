@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastsae.analysis.examples import Evidence, Example
 from fastsae.analysis.explain.pattern import CLASSES, KINDS, Atom, Pattern, Rule, Text
 from fastsae.analysis.explain.protocol import quantised
-from fastsae.analysis.examples import Evidence, Example
 from fastsae.analysis.labels import Spelling, TokenBytes
 from fastsae.analysis.scripts import SCRIPTS
 from fastsae.errors import FastSAEError
