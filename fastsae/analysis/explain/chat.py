@@ -138,12 +138,12 @@ class ModelExplainer:
         """See Explainer."""
         levels: list[np.ndarray] = []
         for part in self._parts(windows):
-            sizes = [len(window.token_ids) for window in part]
+            shown = [prompts.tokens_of(window, bytes_of) for window in part]
             messages = prompts.predict(explanation.text, part, bytes_of)
-            limit = 20 + sum(3 * size + 6 for size in sizes)
-            levels += self._ask(
-                messages, limit, lambda text, _, n=sizes: prompts.read_levels(text, n), session, "levels of every token"
-            )
+            # No tokenizer has more tokens than a text has bytes.
+            limit = 20 + sum(len(token.encode()) + 5 for tokens in shown for token in tokens) + 6 * len(shown)
+            wanted = "a digit behind each token"
+            levels += self._ask(messages, limit, lambda text, _, s=shown: prompts.read_levels(text, s), session, wanted)
         return levels
 
     def judge(
@@ -178,15 +178,16 @@ class ModelExplainer:
         wanted: str,
     ) -> T:
         """Asks until the answer has the form asked for. Raises FeatureFailed after the last retry."""
-        tries = 1 + self.config.malformed_retries
+        tries, asked = 1 + self.config.malformed_retries, messages
         for attempt in range(tries):
             temperature = _RETRY_TEMPERATURE if attempt else 0.0
-            request = Request(messages, limit + self.config.extra_tokens, temperature, self.config.seed + attempt)
+            request = Request(asked, limit + self.config.extra_tokens, temperature, self.config.seed + attempt)
             reply = self._reply(request, session)
             value = read(reply.text, reply.complete)
             if value is not None:
                 return value
             session.account.malformed += 1
+            asked = prompts.again(messages, reply.text, wanted)
         raise FeatureFailed(f"malformed answers: asked {tries} times for {wanted}")
 
     def _reply(self, request: Request, session: Session) -> Reply:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+import torch
+
 from fastsae.analysis.explain.chat import AskConfig, ModelExplainer, ReplyCache
 from fastsae.analysis.explain.endpoint import EndpointChat, EndpointConfig, read_key
 from fastsae.analysis.explain.explainers import Explainer, OfflineExplainer
@@ -78,7 +80,7 @@ class ExplainConfig:
         if self.explainer != "offline" and not self.model:
             raise ConfigError(f"the {self.explainer} explainer needs a model: give --model, or take explainer offline")
         if self.explainer != "endpoint" and self.endpoint is not None:
-            raise ConfigError(f"endpoint goes with explainer endpoint, not with {self.explainer}: add --explainer endpoint")
+            raise ConfigError(f"endpoint goes with --explainer endpoint, not with {self.explainer}")
 
 
 def explainer_of(config: ExplainConfig, cache: Path | None = None) -> Explainer:
@@ -113,4 +115,4 @@ def _local(name: str, device: str) -> LocalChat:
     except (OSError, ValueError) as error:
         detail = " ".join(str(error).split())[:160]
         raise FastSAEError(f"no causal LM could be loaded from {name!r} ({detail}); check --model") from None
-    return LocalChat(model.to(choose_device(device)), tokenizer, name)
+    return LocalChat(torch.nn.Module.to(model, choose_device(device)), tokenizer, name)

@@ -72,7 +72,8 @@ class EndpointChat:
                 ) from None
             self._client = openai.OpenAI(api_key="none", **options)
         self.url = str(self._client.base_url).rstrip("/")
-        self._answered = False  # whether the endpoint has answered anything yet
+        self._answered = False  # whether the endpoint has answered anything yet, be it an error
+        self._served = False  # whether it has answered a question
         self._left_out: set[str] = set()  # of _OPTIONAL
         self._limit_field = "max_tokens"
         self._next, self._lock = 0.0, threading.Lock()
@@ -98,7 +99,7 @@ class EndpointChat:
                 answer = self._client.chat.completions.create(**self._fields(request))
             except openai.BadRequestError as error:
                 if not self._adapted(error):
-                    raise FeatureFailed(f"the endpoint refused the request: {_line(error)}") from None
+                    self._refused(error)
                 continue
             except (openai.APIConnectionError, openai.APIStatusError) as error:
                 self._answered |= isinstance(error, openai.APIStatusError)
@@ -108,9 +109,9 @@ class EndpointChat:
                 session.account.malformed += 1
                 trouble = error
             else:
-                self._answered = True
                 reply = _reply(answer)
                 if reply is not None:
+                    self._answered = self._served = True
                     return reply
                 session.account.malformed += 1
                 trouble = ValueError("its answer holds no message")
@@ -154,18 +155,26 @@ class EndpointChat:
             raise FastSAEError(f"{self.url} refused the key: {_line(error)}; check --api-key-file") from None
         if isinstance(error, openai.NotFoundError):
             raise FastSAEError(
-                f"{self.url} has no model {model!r}, or is no OpenAI endpoint: {_line(error)}; check --model and --endpoint"
+                f"{self.url} has no model {model!r}, or is no such API: {_line(error)}; check --model and --endpoint"
             ) from None
         if isinstance(error, openai.APIStatusError):
             if getattr(error, "code", None) == "insufficient_quota":
                 raise FastSAEError(f"the account's quota at {self.url} is spent: {_line(error)}") from None
             if error.status_code not in (408, 409, 429) and error.status_code < 500:
-                raise FeatureFailed(f"the endpoint refused the request: {_line(error)}") from None
+                self._refused(error)
         elif not self._answered and tried >= min(1, self.config.retries) and not _timed_out(error):
             cause = error.__cause__ or error
             raise FastSAEError(
                 f"the endpoint {self.url} does not answer ({_line(cause)}): start the server or check --endpoint"
             ) from None
+
+    def _refused(self, error: Any) -> None:
+        """Raises: a question that is too long fails its feature; what is refused before any answer was had, fails all,
+        as some servers answer 400 to a model they do not have."""
+        message = f"{self.url} refused the request: {_line(error)}"
+        if self._served or "context" in message or "too long" in message or error.status_code == 413:
+            raise FeatureFailed(message) from None
+        raise FastSAEError(f"{message}; check --model {self.config.model} and --endpoint") from None
 
     def _take_turn(self, session: Session) -> None:
         """Waits until this request may be sent at the rate allowed."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fastsae.analysis.examples import Evidence
-from fastsae.analysis.explain.protocol import LEVELS, Window
+from fastsae.analysis.explain.protocol import Window
 from fastsae.analysis.labels import TokenBytes, readable
 
 Messages = list[dict[str, str]]
@@ -28,8 +28,8 @@ _EXPLAIN = (
 )
 _PREDICT = (
     "For each numbered excerpt predict how strongly the feature is on at each of its tokens, from 0 to 9. Most tokens "
-    "are 0. Answer with one line for each excerpt: its number, a colon, and as many digits as it has tokens, with "
-    "spaces between them, such as\n1: 0 0 7 0 0\nWrite nothing else."
+    "are 0. Answer with one line for each excerpt: its number, a colon, and its tokens as they stand there, each "
+    'followed by its digit, such as\n1: " a" 0, " cup" 7, "," 0\nWrite nothing else.'
 )
 _DETECT = (
     "For each numbered excerpt say whether the feature is on at any of its tokens. Answer with one line for each "
@@ -39,6 +39,14 @@ _FUZZ = (
     "In each numbered excerpt some tokens are marked «so». Say whether these are the tokens at which the feature is "
     "on. Answer with one line for each excerpt: its number, a colon, and yes or no, such as\n1: no\nWrite nothing else."
 )
+# One question with its answer goes before the real one: small models keep to a form that they have seen.
+_SHOWN = [["my", " cup", " of", " tea", "."], ["a", " green", " hill"]]
+_MARKED = [["my", " cup", " of", "« tea»", "."], ["a", "« green»", " hill"]]
+_ANSWERS = {
+    _PREDICT: '1: "my" 0, " cup" 0, " of" 0, " tea" 8, "." 0\n2: "a" 0, " green" 0, " hill" 0',
+    _DETECT: "1: yes\n2: no",
+    _FUZZ: "1: yes\n2: no",
+}
 _LONGEST = 600  # characters of an explanation
 
 
@@ -62,7 +70,7 @@ def explain(evidence: Evidence, shown: Sequence[Window], bytes_of: TokenBytes) -
 
 def predict(text: str, windows: Sequence[Window], bytes_of: TokenBytes) -> Messages:
     """The question for levels of each window."""
-    return _asked(f"{_ABOUT}\n\n{_PREDICT}", _excerpts(text, [tokens_of(window, bytes_of) for window in windows]))
+    return _with_example(_PREDICT, text, [tokens_of(window, bytes_of) for window in windows])
 
 
 def judge(text: str, windows: Sequence[Window], marks: Sequence[np.ndarray] | None, bytes_of: TokenBytes) -> Messages:
@@ -73,7 +81,30 @@ def judge(text: str, windows: Sequence[Window], marks: Sequence[np.ndarray] | No
             [f"«{token}»" if marked else token for token, marked in zip(tokens, mark.tolist(), strict=True)]
             for tokens, mark in zip(shown, marks, strict=True)
         ]
-    return _asked(f"{_ABOUT}\n\n{_DETECT if marks is None else _FUZZ}", _excerpts(text, shown))
+    return _with_example(_DETECT if marks is None else _FUZZ, text, shown)
+
+
+def again(messages: Messages, answer: str, wanted: str) -> Messages:
+    """The question once more, after an answer that had not the form asked for. A server may ignore the temperature
+    and the seed; so asked, it cannot give the same answer from the same words."""
+    complaint = f"That is not in the form asked for: answer with {wanted}, and nothing else."
+    return [*messages, {"role": "assistant", "content": answer[:_LONGEST]}, {"role": "user", "content": complaint}]
+
+
+def _with_example(question: str, text: str, shown: list[list[str]]) -> Messages:
+    example = [[json.dumps(token) for token in tokens] for tokens in _SHOWN]
+    if question == _FUZZ:
+        example = [
+            [f"«{json.dumps(token[1:-1])}»" if token[0] == "«" else json.dumps(token) for token in tokens]
+            for tokens in _MARKED
+        ]
+    system, first = _asked(f"{_ABOUT}\n\n{question}", _excerpts("the word “tea”", example))
+    return [
+        system,
+        first,
+        {"role": "assistant", "content": _ANSWERS[question]},
+        {"role": "user", "content": _excerpts(text, shown)},
+    ]
 
 
 def _asked(system: str, user: str) -> Messages:
@@ -116,20 +147,30 @@ def _numbered(answer: str, n: int) -> list[str] | None:
     return [found[k] for k in range(1, n + 1)] if len(found) == n else None
 
 
-def read_levels(answer: str, sizes: Sequence[int]) -> list[np.ndarray] | None:
-    """Of each window its levels, int64: as many digits as it has tokens."""
-    lines = _numbered(answer, len(sizes))
+def read_levels(answer: str, shown: Sequence[Sequence[str]]) -> list[np.ndarray] | None:
+    """Of each window its levels, int64. shown: its tokens as they stood in the question. They are asked for again so
+    that a digit cannot slip to another token: models count badly."""
+    lines = _numbered(answer, len(shown))
     if lines is None:
         return None
-    levels = []
-    for line, size in zip(lines, sizes, strict=True):
-        if re.fullmatch(r"\d([ ,]+\d)*", line, flags=re.ASCII) is None:
+    levels = [_digits(line, tokens) for line, tokens in zip(lines, shown, strict=True)]
+    return [np.array(digits, dtype=np.int64) for digits in levels if digits is not None] if None not in levels else None
+
+
+def _digits(line: str, tokens: Sequence[str]) -> list[int] | None:
+    """The digit behind each of the tokens, which must all stand there in their order; spaces in them may differ."""
+    digits: list[int] = []
+    for token in tokens:
+        try:
+            said, end = json.JSONDecoder().raw_decode(line)
+        except ValueError:
             return None
-        digits = [int(digit) for digit in re.findall(r"\d", line)]
-        if len(digits) != size or max(digits) > LEVELS:
+        digit = re.match(r"\s*([0-9])(\s*,\s*|\s*$)", line[end:])
+        if not isinstance(said, str) or said.strip() != json.loads(token).strip() or digit is None:
             return None
-        levels.append(np.array(digits, dtype=np.int64))
-    return levels
+        digits.append(int(digit[1]))
+        line = line[end + digit.end() :]
+    return digits if not line.strip() else None
 
 
 def read_verdicts(answer: str, n: int) -> list[bool] | None:

@@ -43,8 +43,8 @@ class ExplainResult:
 
     spearman: of predicted and true levels over all tokens of the held-out windows; spearman_weighted: the same with
     every token weighted by what it stands for in the text (`protocol.token_weights`), None where that is not counted.
-    detection, fuzzing: balanced accuracies, None where there are no windows to judge. failed: why it has no scores;
-    failures are never scored as 0. tokens: how many were predicted. key: what it was made from, for resuming.
+    detection, fuzzing: balanced accuracies, None where there are no windows to judge. failed: which parts failed and
+    why; their scores are None, never 0. tokens: how many were predicted. key: what it was made from, for resuming.
     """
 
     feature: int
@@ -197,8 +197,6 @@ def _explained(
         found["failed"] = str(failure)
     except Stopped as stopped:
         found |= {"failed": str(stopped), "key": ""}
-    if found.get("failed"):
-        found |= dict.fromkeys(("spearman", "spearman_weighted", "detection", "fuzzing"))
     return ExplainResult(**found)
 
 
@@ -218,17 +216,26 @@ def _score(
         raise FeatureFailed("the feature is silent in one half of the documents")
     explanation = explainer.explain(first, shown, bytes_of, session)
     found |= {"shown": len(shown), "explanation": explanation.text, "pattern": explanation.pattern}
-    predicted = np.concatenate(explainer.predict(explanation, held_out, bytes_of, session))
-    true = np.concatenate([window.levels for window in held_out])
-    found |= {"windows": len(held_out), "tokens": len(true), "spearman": protocol.spearman(predicted, true)}
-    weights = protocol.token_weights(held_out, second)
-    if weights is not None:
-        found["spearman_weighted"] = protocol.spearman(predicted, true, weights)
-    found["judged"] = 0
+    failures = []
+    try:
+        predicted = np.concatenate(explainer.predict(explanation, held_out, bytes_of, session))
+    except FeatureFailed as failure:
+        failures.append(f"prediction: {failure}")
+    else:
+        true = np.concatenate([window.levels for window in held_out])
+        found |= {"windows": len(held_out), "tokens": len(true), "spearman": protocol.spearman(predicted, true)}
+        weights = protocol.token_weights(held_out, second)
+        if weights is not None:
+            found["spearman_weighted"] = protocol.spearman(predicted, true, weights)
     for name, make in (("detection", protocol.detection), ("fuzzing", protocol.fuzzing)):
         judged = make(second, config.judged, config.seed + 2)
-        found[name] = _judgement(judged, explanation, explainer, bytes_of, session)
-        found["judged"] += len(judged.truth)
+        try:
+            found[name] = _judgement(judged, explanation, explainer, bytes_of, session)
+        except FeatureFailed as failure:
+            failures.append(f"{name}: {failure}")
+        else:
+            found["judged"] = found.get("judged", 0) + len(judged.truth)
+    found["failed"] = "; ".join(failures) or None
 
 
 def _judgement(
