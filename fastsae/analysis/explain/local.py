@@ -31,7 +31,6 @@ class LocalChat:
     def complete(self, request: Request, session: Session) -> Reply:
         """See Chat. Greedy at temperature 0; else sampled from the request's seed, and torch's generators stay as they
         are. A question longer than the model's context fails the feature."""
-        session.spend()
         device = device_of(self.model)
         prompt = torch.tensor([self._prompt(request.messages)], device=device)
         room = getattr(self.model.config, "max_position_embeddings", None)
@@ -40,6 +39,7 @@ class LocalChat:
                 f"the question has {prompt.shape[1]} tokens and its answer up to {request.max_tokens}, the model reads "
                 f"{room}"
             )
+        session.spend()
         end = self.tokenizer.eos_token_id
         options: dict[str, Any] = {"max_new_tokens": request.max_tokens, "pad_token_id": end}
         options["do_sample"] = request.temperature > 0
