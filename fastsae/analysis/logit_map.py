@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastsae.analysis.effects import evaluating
+from fastsae.analysis.stream import evaluating
 from fastsae.errors import FastSAEError
 from fastsae.hooks import replace
 from fastsae.sae import SAE
