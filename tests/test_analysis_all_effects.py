@@ -11,7 +11,7 @@ from torch import Tensor
 from fastsae.analysis import effects
 from fastsae.analysis.ablation import ablation
 from fastsae.analysis.attribution import agreement, attribution, logit_of
-from fastsae.analysis.logit_map import logit_map
+from fastsae.analysis.logit_map import ContextSample, logit_map
 from fastsae.errors import FastSAEError
 from fastsae.hooks import activations
 from fastsae.sae import SAE
@@ -137,6 +137,34 @@ def test_logit_weights_of_what_has_none():
         logit_map(GPT, "lm_head", token_ids())
     with pytest.raises(FastSAEError, match="at least one token"):
         logit_map(GPT, "transformer.h.0", token_ids(), torch.zeros(5, 40, dtype=torch.bool))
+
+
+def test_a_sample_of_contexts():
+    """Every context equally often, whole where short, cut where long; those without a token to keep, never."""
+    ids = torch.arange(1, 9)[:, None].expand(8, 6)  # context c consists of token c
+    grid = torch.arange(48).view(8, 6).clone()
+    grid[:, 0] = -1
+    grid[2] = -1
+    grid[4, 3:] = -1
+    drawn = torch.zeros(9)
+    for seed in range(300):
+        sample = ContextSample(3, seed, length=4)
+        for part in (slice(0, 3), slice(3, 8)):
+            sample.add(ids[part], grid[part])
+        found, mask = sample.contexts()
+        assert found.shape == mask.shape == (3, 4)
+        drawn[found[:, 0]] += 1
+        for row, keep in zip(found[:, 0].tolist(), mask.tolist(), strict=True):
+            assert keep == [False, True, True, row != 5]
+    assert drawn[0] == drawn[3] == 0
+    share = drawn[torch.tensor([1, 2, 4, 5, 6, 7, 8])] / 300
+    assert (share - 3 / 7).abs().max() < 5 * (3 / 7 * 4 / 7 / 300) ** 0.5
+    sample = ContextSample(3, 0)
+    sample.add(ids[:1, :2], grid[:1, :2])
+    sample.add(ids[1:2], grid[1:2])
+    found, mask = sample.contexts()
+    assert found.tolist() == [[1, 1, 0, 0, 0, 0], [2] * 6]
+    assert mask.sum(1).tolist() == [1, 5]
 
 
 # --- ablation --------------------------------------------------------------------------------------------------------

@@ -32,6 +32,9 @@ class Bigrams(torch.nn.Module):
             for now, then in ("ab", "bc", "ca", "dd", "xy"):
                 self.head.weight[IDS[LETTERS.index(then)], IDS[LETTERS.index(now)]] = 5.0
 
+    def get_output_embeddings(self) -> torch.nn.Linear:
+        return self.head
+
     def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
         return SimpleNamespace(logits=self.head(self.state(torch.nn.functional.one_hot(input_ids, 257).float())))
 
@@ -102,9 +105,8 @@ def test_numbers_are_those_counted_by_hand():
     assert found.tokens == n
     assert edge.probability == pytest.approx(follow / now) and 0 < edge.probability < 1
     assert edge.excess == pytest.approx(follow / now - before / links)
-    w = torch.zeros(
-        257, dtype=torch.float64
-    )  # x's logit weights over the tokenizer's vocabulary, and y fires on y only
+    # x's logit weights over the tokenizer's vocabulary, and y fires on y only
+    w = torch.zeros(257, dtype=torch.float64)
     w[IDS[5]] = 5.0
     assert edge.logit == pytest.approx(float(w[IDS[5]] / w.std()), rel=1e-3)
     assert edge.strength == pytest.approx(edge.excess * edge.logit)

@@ -10,10 +10,11 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from fastsae.analysis.collect import scoring_half
+from fastsae.analysis import specificity
 from fastsae.analysis.cross import FeatureSums, add_products, entries, pearson, row_blocks, sample_of
-from fastsae.analysis.logits import LogitMap, logit_changes
+from fastsae.analysis.logit_map import logit_map
 from fastsae.analysis.stream import Source
+from fastsae.analysis.text import scoring_half
 from fastsae.analysis.universality import Match, match, shuffled
 from fastsae.codes import SparseCode
 from fastsae.errors import FastSAEError
@@ -182,31 +183,68 @@ def test_shuffled_keeps_the_entries_of_every_matrix_and_everything_else():
     assert not torch.equal(shuffled(model, 2).lm_head.weight, control.lm_head.weight)
 
 
-def test_logit_weights_are_those_of_the_papers_formula():
-    """d · W_down · (mean removal, scale of the norm at each token) · W_unembed, the derivative of the norm included."""
-    sae, model, tokenizer = case.case()
-    ids = torch.tensor(case.contexts(tokenizer, TEXTS[1:3], 20)[:2])
-    mask = torch.ones(2, 20, dtype=torch.bool)
-    mask[1, 12:] = False
+@torch.no_grad()
+def paper_weights(sae: SAE, model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """[F, V]: d · W_down · (mean removal, scale of the norm at each token) · W_unembed, with the norm's derivative."""
     block, final = model.transformer.h[0], model.transformer.ln_f
-    with torch.no_grad():
-        stream = model.transformer(ids, output_hidden_states=False).last_hidden_state  # after ln_f; not what is wanted
-        inner = model.transformer.wte(ids) + model.transformer.wpe(torch.arange(20))
-        inner = inner + block.attn(block.ln_1(inner))[0]
-        inner = (inner + block.mlp(block.ln_2(inner)))[mask].double()  # [n, 16], what ln_f reads
-        torch.testing.assert_close(final(inner.float()), stream[mask], atol=1e-4, rtol=1e-4)
-        d = (sae.W_dec / sae.input_scale).double() @ block.mlp.c_proj.weight.double()  # [F, 16]
-        scale = (inner.var(1, unbiased=False) + final.eps).rsqrt()  # [n]
-        normal = (inner - inner.mean(1, keepdim=True)) * scale[:, None]
-        flat = d - d.mean(1, keepdim=True)
-        change = flat[:, None] - normal * (flat @ normal.T / 16)[..., None]  # [F, n, 16]
-        wanted = (change * scale[:, None]).mean(1) * final.weight.double() @ model.lm_head.weight.double().T
-    wanted = wanted - wanted.median(1, keepdim=True).values
-    source = Source(sae, model, HOOK)
-    for count in (40, 10):  # through the matrix of the coordinates, and feature by feature
-        weights = LogitMap(source, ids, mask, count)(torch.arange(10)).double()
-        torch.testing.assert_close(weights, wanted[:10], atol=2e-3 * float(wanted.abs().max()), rtol=0)
-    assert logit_changes(model, HOOK, torch.zeros(0, 24), ids).shape[0] == 0
+    inner = model.transformer.wte(ids) + model.transformer.wpe(torch.arange(ids.shape[1]))
+    inner = inner + block.attn(block.ln_1(inner))[0]
+    inner = inner + block.mlp(block.ln_2(inner))  # what ln_f reads
+    stream = model.transformer(ids).last_hidden_state
+    torch.testing.assert_close(final(inner)[mask], stream[mask], atol=1e-4, rtol=1e-4)
+    inner = inner[mask].double()  # [n, 16]
+    d = (sae.W_dec / sae.input_scale).double() @ block.mlp.c_proj.weight.double()  # [F, 16]
+    scale = (inner.var(1, unbiased=False) + final.eps).rsqrt()  # [n]
+    normal = (inner - inner.mean(1, keepdim=True)) * scale[:, None]
+    flat = d - d.mean(1, keepdim=True)
+    change = flat[:, None] - normal * (flat @ normal.T / 16)[..., None]  # [F, n, 16]
+    weights = (change * scale[:, None]).mean(1) * final.weight.double() @ model.lm_head.weight.double().T
+    return weights - weights.median(1, keepdim=True).values
+
+
+def text_contexts(tokenizer: Any, texts: list[str], context: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Contexts cut to `length` tokens, and which of them are text, the begin-of-text token being none."""
+    rows = [row[:length] for row in case.contexts(tokenizer, texts, context)]
+    ids, mask = torch.zeros(2, len(rows), length, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)], mask[i, 1 : len(row)] = torch.tensor(row), 1
+    return ids, mask.bool()
+
+
+def test_logit_weights_are_those_of_the_papers_formula():
+    sae, model, tokenizer = case.case()
+    ids, mask = text_contexts(tokenizer, TEXTS[:6], 33, 33)
+    assert len(set(mask.sum(1).tolist())) > 1  # contexts of several lengths
+    wanted = paper_weights(sae, model, ids, mask)
+    some = torch.tensor([3, 0, 39])
+    weights = logit_map(model, HOOK, ids, mask).of_features(sae, some).double()
+    torch.testing.assert_close(weights, wanted[some], atol=1e-4 * float(wanted.abs().max()), rtol=0)
+
+
+def test_matches_are_compared_by_the_papers_logit_weights():
+    sae_a, model_a, tokenizer = case.case(0)
+    sae_b, model_b, _ = case.case(1)
+    found = run(Source(sae_a, model_a, HOOK), Source(sae_b, model_b, HOOK), tokenizer, logit_contexts=10_000)
+    ids, mask = text_contexts(tokenizer, TEXTS, 33, 32)  # all contexts are in the sample, each cut to 32 tokens
+    a, b = paper_weights(sae_a, model_a, ids, mask), paper_weights(sae_b, model_b, ids, mask)
+    wanted = [np.corrcoef(a[f], b[g])[0, 1] if g >= 0 else np.nan for f, g in enumerate(found.best.tolist())]
+    assert found.logit_pearson is not None and int(np.isfinite(wanted).sum()) > 5
+    np.testing.assert_allclose(found.logit_pearson, wanted, atol=1e-4)
+
+
+def test_a_model_without_logits_is_told_before_the_pass():
+    from transformers import GPT2Model
+
+    sae, model, tokenizer = case.case()
+    calls = []
+    handle = model.get_submodule(HOOK).register_forward_hook(lambda *_: calls.append(1))
+    bare = GPT2Model(model.config)
+    sources = Source(sae, model, HOOK), Source(sae, bare, "h.0.mlp.act")
+    with pytest.raises(FastSAEError, match="GPT2Model has none"):
+        run(*sources, tokenizer)
+    assert not calls
+    assert run(*sources, tokenizer, logit_contexts=0).logit_pearson is None
+    handle.remove()
 
 
 def test_products_of_sparse_codes(monkeypatch):
@@ -231,6 +269,8 @@ def test_rare_and_weak_features_correlate_too():
     sums.add(code)
     add_products(xy, code, code)
     assert float(pearson(xy, sums, sums)) == pytest.approx(1)
+    moments = (float(each) for each in (sums.total, sums.squares, sums.total, sums.squares, xy))
+    assert float(specificity.pearson(sums.n, *moments)) == pytest.approx(1)  # numpy's twin draws the line there too
 
 
 def test_a_match_is_json_and_back(tmp_path):
@@ -264,13 +304,13 @@ def test_bad_input_is_one_line():
 
 
 def test_rows_are_compared_block_by_block(monkeypatch):
-    from fastsae.analysis import universality
+    from fastsae.analysis import cross
 
     sae_a, model_a, tokenizer = case.case(0)
     sae_b, model_b, _ = case.case(1)
     sources = Source(sae_a, model_a, HOOK), Source(sae_b, model_b, HOOK)
     whole = run(*sources, tokenizer)
-    monkeypatch.setattr(universality, "row_blocks", lambda count: row_blocks(count, 7))
+    monkeypatch.setattr(cross, "row_blocks", lambda count: row_blocks(count, 7))
     assert run(*sources, tokenizer).to_dict() == whole.to_dict()
 
 

@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsae.analysis.effects import evaluating
-from fastsae.analysis.stream import device_of, encoded
+from fastsae.analysis.stream import device_of, encoded, evaluating
 from fastsae.codes import SparseCode
 from fastsae.errors import FastSAEError
 from fastsae.hooks import activations, replace

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from fastsae.analysis.ablation import losses
-from fastsae.analysis.effects import evaluating
-from fastsae.analysis.stream import device_of, encoded
+from fastsae.analysis.stream import device_of, encoded, evaluating
 from fastsae.codes import SparseCode
 from fastsae.errors import FastSAEError
 from fastsae.hooks import activations, replace
@@ -80,13 +79,13 @@ def attribution(sae: SAE, model: Any, hook: str, token_ids: Tensor, target: Targ
         leaf.append(x.detach().requires_grad_())
         return leaf[-1]
 
-    with evaluating(sae, model), torch.enable_grad(), replace(model, hook, cut):
+    with evaluating(model), torch.enable_grad(), replace(model, hook, cut):
         logits = model(token_ids.to(device_of(model)), use_cache=False).logits.float()
         value = (target or loss_of(token_ids))(logits)
         gradient = torch.autograd.grad(value, leaf[0], allow_unused=True)[0] if leaf and value.requires_grad else None
         if gradient is None:
             raise FastSAEError(f"the target does not depend on the output of {hook}: hook a module before it")
-    with torch.no_grad(), evaluating(sae):
+    with torch.no_grad():
         code = encoded(sae, leaf[0].detach(), hook)
         return Attribution(code, _contributions(sae, code, gradient.flatten(0, 1)), float(value))
 

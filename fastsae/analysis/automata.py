@@ -17,13 +17,11 @@ import torch
 from torch import Tensor
 
 from fastsae.analysis.cross import add_products, entries, fired, rows_of, sample_of, selected
-from fastsae.analysis.logits import ContextSample, LogitMap
+from fastsae.analysis.logit_map import ContextSample, logit_map, unembedding
 from fastsae.analysis.stream import Read, Source, read, watched
 from fastsae.errors import FastSAEError
 from fastsae.files import write_json
 from fastsae.harvest import check_options
-
-_LOGIT_TOKENS = 32  # of each context on which logit weights are taken
 
 
 @dataclass(frozen=True)
@@ -196,7 +194,7 @@ def automata(
     """Which feature follows which, on text, in one pass; and through which token.
 
     features: the states to look at; default: all that fire often enough, as many as the memory holds.
-    Raises FastSAEError: what `read` raises, features that the dictionary does not have.
+    Raises FastSAEError: what `read` raises, features that the dictionary does not have, a model without an unembedding.
     """
     config = replace(config or AutomataConfig(), **check_options(AutomataConfig, options))
     size = source.sae.cfg.d_sae
@@ -237,7 +235,8 @@ class Transitions:
         self.pairs = torch.zeros(S, S, dtype=torch.float64, device=device)
         self.on_token = torch.zeros(S, vocabulary, dtype=torch.float64, device=device)
         self.token_counts = torch.zeros(vocabulary, dtype=torch.float64, device=device)
-        self._contexts = ContextSample(config.logit_contexts, _LOGIT_TOKENS, config.seed)
+        self._contexts = ContextSample(config.logit_contexts, config.seed)
+        unembedding(source.model)  # a model without one is told before its hours of text, not after
 
     def add(self, some: Read) -> None:
         if some.grid is None or some.context_ids is None:
@@ -264,8 +263,8 @@ class Transitions:
     def result(self) -> Automaton:
         live = (self.fires >= self.config.min_fires).nonzero().flatten()
         states = self.states[live.cpu()]
-        ids, mask = self._contexts.contexts()
-        weights = LogitMap(self.source, ids, mask, len(states)) if len(states) else None
+        model, hook = self.source.model, self.source.hook
+        weights = logit_map(model, hook, *self._contexts.contexts()) if len(states) else None
         # P(token | j fires): [V, S], what the mean logit weight on the tokens of j is a product with
         on_token = self.on_token[live]
         shares = (on_token / on_token.sum(1, keepdim=True).clamp(min=1)).T.cpu()
@@ -273,7 +272,8 @@ class Transitions:
         steps: dict[int, Step] = {}
         for rows in torch.arange(len(states)).split(256):  # [256, V] logit weights at once
             assert weights is not None
-            w = _of_vocabulary(weights(states[rows]).double(), len(shares))
+            w = weights.of_features(self.source.sae, states[rows]).cpu().double()
+            w = _of_vocabulary(w, len(shares))
             spread = w.std(1, keepdim=True).clamp(min=1e-12)
             edges += self._edges(rows, live, states, (w @ shares) / spread)
             steps |= self._steps(rows, states, w, on_token.cpu())

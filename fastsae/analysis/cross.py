@@ -1,6 +1,7 @@
-"""Sums of products of sparse codes, from a stream: what correlations and cosines of features are made of.
+"""Sums of products of sparse codes, from a stream: correlations and cosines of features, and who is whose best match.
 
-Axes: n tokens, K active features per token, A and B features of the two dictionaries, S those of A that are kept.
+Axes: n tokens, K active features per token, A and B features of the two dictionaries, S those of A that are kept,
+D and D′ neurons.
 """
 
 from __future__ import annotations
@@ -113,6 +114,7 @@ def pearson(xy: Tensor, x: FeatureSums, y: FeatureSums) -> Tensor:
 
     r = (Σxy/n − x̄ ȳ) / √(var x · var y). Constant means a variance below 1e-12 of the mean square, which is what
     rounding leaves of it: no fixed bound, for a rare and weak feature has a tiny variance and is real.
+    Of all pairs, on the device of the sums; `specificity.pearson` is the same of numpy arrays that broadcast.
     """
     n = max(x.n, 1)
     cov = xy / n - (x.total / n)[:, None] * (y.total / n)
@@ -134,6 +136,67 @@ def cosine(xy: Tensor, x: FeatureSums, y: FeatureSums) -> Tensor:
         for part in (x, y)
     )
     return xy * scale_x[:, None] * scale_y
+
+
+class FeatureCross:
+    """Products of A's kept features with those of one other dictionary, by half of the documents: [2, S, B] float64.
+
+    Half 0 chooses a match that half 1 scores: a largest r of B is partly luck on the tokens that it was chosen on.
+    """
+
+    def __init__(self, kept: int, size: int, device: torch.device) -> None:
+        self.xy = torch.zeros(2, kept, size, dtype=torch.float64, device=device)
+        self.sums = [FeatureSums(size, device) for _ in range(2)]
+
+    def add(self, half: int, a: Entries, b: Entries) -> None:
+        add_products(self.xy[half], a, b)
+        self.sums[half].add(b)
+
+    def best(self, a: list[FeatureSums], min_fires: int, table: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """(best [S], its r [S], held-out r [S]), on the CPU. table [S, B]: takes r over all tokens, where wanted.
+
+        Features of this dictionary with fewer than min_fires tokens are no match: their r counts as −1.
+        """
+        a_both, both = a[0] + a[1], self.sums[0] + self.sums[1]
+        few = both.fires < min_fires
+        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        for rows in row_blocks(len(a_both.total)):
+            xy = self.xy[:, rows]
+            everywhere = pearson(xy[0] + xy[1], a_both.rows(rows), both).masked_fill_(few, -1.0)
+            chosen = pearson(xy[0], a[0].rows(rows), self.sums[0]).masked_fill_(few, -1.0).argmax(1, keepdim=True)
+            scored = pearson(xy[1], a[1].rows(rows), self.sums[1]).gather(1, chosen)[:, 0]
+            r, best = everywhere.max(1)
+            found.append((best.cpu(), r.cpu(), scored.cpu()))
+            if table is not None:
+                table[rows] = everywhere.to(table)
+        best, r, scored = (torch.cat(column) for column in zip(*found, strict=True))
+        return best, r, scored
+
+
+class NeuronCross:
+    """The same of dense columns x [n, D] with y [n, D′]."""
+
+    def __init__(self, d: int, d_other: int, device: torch.device) -> None:
+        self.xy = torch.zeros(2, d, d_other, dtype=torch.float64, device=device)
+        self.x = [FeatureSums(d, device) for _ in range(2)]
+        self.y = [FeatureSums(d_other, device) for _ in range(2)]
+
+    def add(self, half: int, x: Tensor, y: Tensor) -> None:
+        x, y = x.to(self.xy.device).double(), y.to(self.xy.device).double()
+        self.xy[half] += x.T @ y
+        for sums, columns in ((self.x[half], x), (self.y[half], y)):
+            sums.n += len(columns)
+            sums.total += columns.sum(0)
+            sums.squares += columns.square().sum(0)
+
+    def best(self) -> tuple[Tensor, Tensor]:
+        """(best r [D], held-out r [D]); NaN for a coordinate that never changes."""
+        x, y = self.x[0] + self.x[1], self.y[0] + self.y[1]
+        everywhere = pearson(self.xy.sum(0), x, y).amax(1)
+        chosen = pearson(self.xy[0], self.x[0], self.y[0]).argmax(1, keepdim=True)
+        scored = pearson(self.xy[1], self.x[1], self.y[1]).gather(1, chosen)[:, 0]
+        still = _inverse_deviation(x, max(x.n, 1)) == 0
+        return everywhere.masked_fill(still, torch.nan).cpu(), scored.masked_fill(still, torch.nan).cpu()
 
 
 def sample_of(size: int, row_bytes: int, gibibytes: float, seed: int) -> Tensor:

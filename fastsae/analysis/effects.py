@@ -4,13 +4,13 @@ For one feature at a time; all features' logit weights are in `logit_map`, many 
 `attribution`, texts in `steering`. Axes: B contexts, T tokens, D width of the hooked output, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastsae.analysis.stream import encoded
 from fastsae.errors import FastSAEError
@@ -86,22 +86,6 @@ def set_features(sae: SAE, edits: Sequence[FeatureEdit]) -> Edit:
 def set_feature(sae: SAE, feature: int, to: float) -> Edit:
     """The edit that sets one feature to a value at every token: x + (to − f) d. `to` = 0 ablates it."""
     return set_features(sae, [FeatureEdit(feature, to)])
-
-
-@contextmanager
-def evaluating(*modules: Any) -> Iterator[None]:
-    """Modules in evaluation mode: no dropout, and no code of a token that depends on the others of its batch.
-
-    A BatchTopK dictionary selects over the batch while it trains, and by its threshold in evaluation.
-    """
-    before = [(module, module.training) for module in modules if isinstance(module, nn.Module)]
-    for module, _ in before:
-        module.eval()
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.train(training)
 
 
 def set_neuron(neuron: int, to: float) -> Edit:

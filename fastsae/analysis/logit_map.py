@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastsae.analysis.effects import evaluating
+from fastsae.analysis.stream import evaluating
 from fastsae.errors import FastSAEError
 from fastsae.hooks import replace
 from fastsae.sae import SAE
@@ -115,6 +115,40 @@ def unembedding(model: Any) -> nn.Linear:
         raise FastSAEError(f"logit weights need a causal LM with an unembedding, {type(model).__name__} has none")
     assert head is not None
     return head
+
+
+class ContextSample:
+    """`count` contexts drawn evenly from a stream of contexts, cut to `length` tokens: a seeded reservoir.
+
+    What `logit_map` averages over where there is a stream: the tokens give the final norm's scale, no more, so a few
+    short contexts do. Contexts without a token to keep are left out.
+    """
+
+    def __init__(self, count: int, seed: int, length: int = 32) -> None:
+        self.count, self.length, self.seen = count, length, 0
+        self._generator = torch.Generator().manual_seed(seed)
+        self._kept: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, context_ids: Tensor, grid: Tensor) -> None:
+        """context_ids, grid: [B, T], as in a Read."""
+        for ids, rows in zip(context_ids[:, : self.length], grid[:, : self.length], strict=True):
+            if not bool((rows >= 0).any()):
+                continue
+            self.seen += 1
+            if len(self._kept) < self.count:
+                self._kept.append((ids, rows >= 0))
+                continue
+            place = int(torch.randint(self.seen, (), generator=self._generator))
+            if place < self.count:
+                self._kept[place] = (ids, rows >= 0)
+
+    def contexts(self) -> tuple[Tensor, Tensor]:
+        """(token ids [C, T], mask [C, T]); right padding is harmless in a causal model, and masked."""
+        width = max((len(ids) for ids, _ in self._kept), default=0)
+        ids, mask = torch.zeros(2, len(self._kept), width, dtype=torch.int64)
+        for row, (some, real) in enumerate(self._kept):
+            ids[row, : len(some)], mask[row, : len(some)] = some, real.long()
+        return ids, mask.bool()
 
 
 @contextmanager

@@ -153,7 +153,7 @@ class Moments:
 def pearson(n: float, x: ArrayLike, xx: ArrayLike, y: ArrayLike, yy: ArrayLike, xy: ArrayLike) -> np.ndarray:
     """r = (n Σxy − Σx Σy) / √((n Σx² − (Σx)²)(n Σy² − (Σy)²)) from sums that broadcast, float64.
 
-    0 where x or y is constant, to the rounding of the sums.
+    0 where x or y is constant, to the rounding of the sums. `cross.pearson` is the same in torch, of all pairs.
     """
     x, xx, y, yy, xy = (np.asarray(part, dtype=np.float64) for part in (x, xx, y, yy, xy))
     var_x, var_y = xx / n - (x / n) ** 2, yy / n - (y / n) ** 2

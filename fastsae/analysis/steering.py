@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from fastsae.analysis.ablation import losses
-from fastsae.analysis.effects import Edit, FeatureEdit, Mode, evaluating, feature_values, set_features
-from fastsae.analysis.stream import Source, device_of, read
+from fastsae.analysis.effects import Edit, FeatureEdit, Mode, feature_values, set_features
+from fastsae.analysis.stream import Source, device_of, evaluating, read
 from fastsae.contexts import model_limits
 from fastsae.errors import FastSAEError
 from fastsae.hooks import find_module, replace
@@ -253,9 +253,8 @@ def maxima(
     if bad := [f for f in features if not 0 <= f < sae.cfg.d_sae]:
         raise FastSAEError(f"features must be numbers from 0 to {sae.cfg.d_sae - 1}, got {bad[0]}")
     highest = torch.zeros(len(features))
-    with evaluating(sae, model):
-        source, texts = Source(sae, model, hook), list(documents)
-        for batch in read([source], tokenizer, texts, context=context, batch_size=batch_size, max_tokens=tokens):
-            found = feature_values(sae, batch.xs[0], list(features)).amax(0)
-            highest = torch.maximum(highest, found.float().cpu())
+    source, texts = Source(sae, model, hook), list(documents)
+    for batch in read([source], tokenizer, texts, context=context, batch_size=batch_size, max_tokens=tokens):
+        found = feature_values(sae, batch.xs[0], list(features)).amax(0)
+        highest = torch.maximum(highest, found.float().cpu())
     return dict(zip(features, highest.tolist(), strict=True))

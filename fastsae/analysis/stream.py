@@ -6,10 +6,11 @@ What every analysis reads. Memory is that of a batch. Axes: B contexts, T tokens
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastsae.codes import SparseCode
 from fastsae.contexts import context_batches, model_limits
@@ -60,7 +61,8 @@ def read(
     world: int = 1,
 ) -> Iterator[Read]:
     """The documents in their order, each from the start of a context; begin-of-text tokens, separators and padding are
-    left out, as the harvest leaves them out. A model that several sources share runs once.
+    left out, as the harvest leaves them out. A model that several sources share runs once. Models and dictionaries run
+    in evaluation mode, and between two Reads are as they were.
 
     max_tokens: stop after the batch with which so many are reached. rank, world: only every world-th batch, from number
     rank on. start: of these, leave out so many, for which no model runs.
@@ -86,9 +88,9 @@ def read(
         for source in sources:
             key = (id(source.model), source.hook)
             if key not in ran:
-                ran[key] = _finite(activations(source.model, source.hook, batch.token_ids), source.hook)[
-                    keep.to(device_of(source.model))
-                ]
+                with evaluating(source.model):
+                    x = activations(source.model, source.hook, batch.token_ids)
+                ran[key] = _finite(x, source.hook)[keep.to(device_of(source.model))]
         xs = tuple(ran[id(source.model), source.hook] for source in sources)
         codes = tuple(encoded(source.sae, x, source.hook) for source, x in zip(sources, xs, strict=True))
         places = (batch.token_ids[keep], batch.documents[keep], batch.positions[keep])
@@ -104,7 +106,10 @@ def read_store(
     max_tokens: int | None = None,
     seed: int = 0,
 ) -> Iterator[Read]:
-    """The rows of a store once, in random order; no model runs. Raises FastSAEError for an SAE of another width."""
+    """The rows of a store once, in random order; no model runs. Modes of dictionaries as in `read`.
+
+    Raises FastSAEError for an SAE of another width.
+    """
     done = 0
     for batch in store.batches(min(batch_size, store.count), seed=seed, epochs=1, drop_last=False):
         x = batch.x
@@ -128,7 +133,7 @@ def watched(
 
 
 def encoded(sae: SAE, x: Tensor, where: str) -> SparseCode:
-    """sae.encode_sparse(x), also where a ReLU dictionary has a token with more than max_l0 active latents.
+    """sae.encode_sparse(x) in evaluation mode, also where a token has more than max_l0 active latents.
 
     where: names the activations in the error that an SAE of another width raises.
     """
@@ -137,10 +142,30 @@ def encoded(sae: SAE, x: Tensor, where: str) -> SparseCode:
             f"the SAE reads activations of width {sae.cfg.d_in}, {where} has {x.shape[-1]}: name the module that the "
             "SAE was trained on"
         )
+    with evaluating(sae):
+        try:
+            return sae.encode_sparse(x)
+        except TooDenseError:
+            return SparseCode.from_dense(sae.encode(x))
+
+
+@contextmanager
+def evaluating(*modules: Any) -> Iterator[None]:
+    """Modules in evaluation mode: no dropout, and no code of a token that depends on the others of its batch.
+
+    A BatchTopK dictionary selects over the batch while it trains, and by its threshold in evaluation. Afterwards every
+    part is in its own mode again, also where they differ. Not around a generator's `yield`: who stops reading early
+    would be left with the mode changed.
+    """
+    roots = [module for module in modules if isinstance(module, nn.Module)]
+    before = [(part, part.training) for root in roots for part in root.modules()]
+    for root in roots:
+        root.eval()
     try:
-        return sae.encode_sparse(x)
-    except TooDenseError:
-        return SparseCode.from_dense(sae.encode(x))
+        yield
+    finally:
+        for part, training in before:
+            part.training = training
 
 
 def device_of(model: Any) -> torch.device:

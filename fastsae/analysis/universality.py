@@ -16,26 +16,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae.analysis.collect import Sparse, scoring_half
-from fastsae.analysis.collect import pearson as dense_pearson
+from fastsae.analysis.collect import Sparse
 from fastsae.analysis.cross import (
-    Entries,
+    FeatureCross,
     FeatureSums,
-    add_products,
+    NeuronCross,
     entries,
     pearson,
-    row_blocks,
     rows_of,
     sample_of,
     selected,
 )
-from fastsae.analysis.logits import ContextSample, LogitMap
+from fastsae.analysis.logit_map import ContextSample, logit_map, unembedding
 from fastsae.analysis.stream import Read, Source, read, watched
+from fastsae.analysis.text import scoring_half
 from fastsae.errors import FastSAEError, MissingDependencyError
 from fastsae.files import write_json
 from fastsae.harvest import check_options
-
-_LOGIT_TOKENS = 32  # of each context on which logit weights are taken: they average the final norm's scale, no more
 
 
 @dataclass(frozen=True)
@@ -198,7 +195,8 @@ def match(
     Memory: 16 · S · B bytes of sums, as much again for the control (see MatchConfig.memory), 16 · D² for the neurons of
     two models, and a batch. Time beside
     the models': the pairs of features that are active on the same token.
-    Raises FastSAEError: what `read` raises; less text than two documents.
+    Raises FastSAEError: what `read` raises; less text than two documents; a model without an unembedding, unless
+    logit_contexts is 0.
     """
     config = replace(config or MatchConfig(), **check_options(MatchConfig, options))
     _require_scipy()
@@ -223,65 +221,6 @@ def _require_scipy() -> None:
         raise MissingDependencyError("match needs scipy: pip install 'fastsae[all]'") from None
 
 
-class _Cross:
-    """Products of A's kept features with those of one other dictionary, by half of the documents: [2, S, B] float64."""
-
-    def __init__(self, kept: int, size: int, device: torch.device) -> None:
-        self.xy = torch.zeros(2, kept, size, dtype=torch.float64, device=device)
-        self.sums = [FeatureSums(size, device) for _ in range(2)]
-
-    def add(self, half: int, a: Entries, b: Entries) -> None:
-        add_products(self.xy[half], a, b)
-        self.sums[half].add(b)
-
-    def best(self, a: list[FeatureSums], min_fires: int, table: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """(best [S], its r [S], held-out r [S]), on the CPU. table [S, B]: takes r over all tokens, where wanted.
-
-        Features of this dictionary with fewer than min_fires tokens are no match: their r counts as −1.
-        """
-        a_both, both = a[0] + a[1], self.sums[0] + self.sums[1]
-        few = both.fires < min_fires
-        found: list[tuple[Tensor, Tensor, Tensor]] = []
-        for rows in row_blocks(len(a_both.total)):
-            xy = self.xy[:, rows]
-            everywhere = pearson(xy[0] + xy[1], a_both.rows(rows), both).masked_fill_(few, -1.0)
-            chosen = pearson(xy[0], a[0].rows(rows), self.sums[0]).masked_fill_(few, -1.0).argmax(1, keepdim=True)
-            scored = pearson(xy[1], a[1].rows(rows), self.sums[1]).gather(1, chosen)[:, 0]
-            r, best = everywhere.max(1)
-            found.append((best.cpu(), r.cpu(), scored.cpu()))
-            if table is not None:
-                table[rows] = everywhere.to(table)
-        best, r, scored = (torch.cat(column) for column in zip(*found, strict=True))
-        return best, r, scored
-
-
-class _NeuronCross:
-    """The same of dense columns x [n, D] with y [n, D′]."""
-
-    def __init__(self, d: int, d_other: int, device: torch.device) -> None:
-        self.xy = torch.zeros(2, d, d_other, dtype=torch.float64, device=device)
-        self.x = [FeatureSums(d, device) for _ in range(2)]
-        self.y = [FeatureSums(d_other, device) for _ in range(2)]
-
-    def add(self, half: int, x: Tensor, y: Tensor) -> None:
-        x, y = x.to(self.xy.device).double(), y.to(self.xy.device).double()
-        self.xy[half] += x.T @ y
-        for sums, columns in ((self.x[half], x), (self.y[half], y)):
-            sums.n += len(columns)
-            sums.total += columns.sum(0)
-            sums.squares += columns.square().sum(0)
-
-    def best(self) -> tuple[Tensor, Tensor]:
-        """(best r [D], held-out r [D]); NaN for a coordinate that never changes."""
-        x, y = self.x[0] + self.x[1], self.y[0] + self.y[1]
-        everywhere = pearson(self.xy.sum(0), x, y).amax(1)
-        chosen = pearson(self.xy[0], self.x[0], self.y[0]).argmax(1, keepdim=True)
-        scored = pearson(self.xy[1], self.x[1], self.y[1]).gather(1, chosen)[:, 0]
-        mean = x.total / max(x.n, 1)
-        still = x.squares / max(x.n, 1) - mean.square() <= 1e-12 * x.squares / max(x.n, 1)
-        return everywhere.masked_fill(still, torch.nan).cpu(), scored.masked_fill(still, torch.nan).cpu()
-
-
 class Matching:
     """The sums of one comparison: `add` every Read of (a, b[, control]), then `result`.
 
@@ -298,10 +237,12 @@ class Matching:
         self.features = sample_of(size, 16 * sum(others), config.memory, config.seed)
         self._row = rows_of(self.features, size).to(device)
         self._sums = [FeatureSums(len(self.features), device) for _ in range(2)]
-        self._crosses = [_Cross(len(self.features), other, device) for other in others]
+        self._crosses = [FeatureCross(len(self.features), other, device) for other in others]
         same = a.model is b.model and a.hook == b.hook
-        self._neurons = None if same else _NeuronCross(a.sae.cfg.d_in, b.sae.cfg.d_in, device)
-        self._contexts = ContextSample(config.logit_contexts, _LOGIT_TOKENS, config.seed)
+        self._neurons = None if same else NeuronCross(a.sae.cfg.d_in, b.sae.cfg.d_in, device)
+        self._contexts = ContextSample(config.logit_contexts, config.seed)
+        for source in (a, b) if config.logit_contexts else ():
+            unembedding(source.model)  # a model without one is told before its hours of text, not after
 
     def add(self, some: Read) -> None:
         scoring = self._scoring[some.documents]
@@ -368,9 +309,11 @@ class Matching:
             return None
         places, left, right = self._pairs(best)
         found = torch.full((len(best),), torch.nan, dtype=torch.float64)
-        maps = [LogitMap(source, ids, mask, len(places)) for source in (self.a, self.b)]
+        of_a = logit_map(self.a.model, self.a.hook, ids, mask)
+        of_b = of_a if self._neurons is None else logit_map(self.b.model, self.b.hook, ids, mask)
         for rows in torch.arange(len(places)).split(256):  # [256, V] of each, and never [S, V]
-            x, y = (weights(numbers[rows]).double() for weights, numbers in zip(maps, (left, right), strict=True))
+            x = of_a.of_features(self.a.sae, left[rows]).cpu().double()
+            y = of_b.of_features(self.b.sae, right[rows]).cpu().double()
             V = min(x.shape[1], y.shape[1])  # models of one tokenizer may pad the vocabulary differently
             found[places[rows]] = _row_pearson(x[:, :V], y[:, :V])
         return found
@@ -417,8 +360,9 @@ class Matcher:
         self._features, self._values = features[order], codes.values[order]
         self._offsets = torch.zeros(n + 1, dtype=torch.int64)
         self._offsets[1:] = torch.bincount(codes.tokens, minlength=n).cumsum(0)
-        self._sum = codes.sums()
-        self._squares = Sparse(codes.offsets, codes.tokens, codes.values.double() ** 2).sums()
+        self._sums = FeatureSums(self.size)
+        self._sums.n, self._sums.total = n, codes.sums()
+        self._sums.squares = Sparse(codes.offsets, codes.tokens, codes.values.double() ** 2).sums()
 
     def pearson(self, tokens: Tensor, values: Tensor) -> Tensor:
         """r with every feature, [F] float64, of what is `values` [m] on `tokens` [m] and 0 on the other n − m."""
@@ -427,7 +371,6 @@ class Matcher:
         place = torch.arange(int(counts.sum())) + begin.repeat_interleave(counts)
         products = self._values[place].double() * values.double().repeat_interleave(counts)
         together = torch.bincount(self._features[place], weights=products, minlength=self.size)
-        y = values.double()
-        return dense_pearson(
-            together[:, None], self._sum, self._squares, y.sum()[None], y.square().sum()[None], float(self.n)
-        )[:, 0]
+        mine = FeatureSums(1)
+        mine.n, mine.total, mine.squares = self.n, values.double().sum()[None], values.double().square().sum()[None]
+        return pearson(together[None], mine, self._sums)[0]
