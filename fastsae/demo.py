@@ -56,7 +56,9 @@ SCALES: dict[str, Scale] = {
         HarvestConfig(tokens=60_000, tokens_per_context=32, context=64, dtype="bfloat16"),
         TrainConfig(activation="relu", d_sae=256, l1_coefficient=3.0, batch_size=512, lr=3e-3),
         EvalConfig(tokens=10_000, context=64),
-        AnalyzeConfig(context=64, contexts_per_effect=24, sample_tokens=12, samples=2, universality_features=40),
+        AnalyzeConfig(
+            context=64, contexts_per_effect=24, sample_tokens=12, samples=2, control_tokens=20_000, explain_features=12
+        ),
         every=8,
     ),
     "laptop": Scale(

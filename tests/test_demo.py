@@ -37,7 +37,7 @@ def test_tiny_leaves_a_report_results_and_figures(demo):
 
 def test_features_are_scored_on_other_documents_than_they_were_chosen_on(demo):
     from fastsae import corpus
-    from fastsae.analysis.collect import scoring_half
+    from fastsae.analysis.text import scoring_half
 
     heldout = corpus.builtin("heldout")
     scored = scoring_half(heldout)

@@ -43,9 +43,9 @@ class HeldOut:
             token, p = np.nonzero(inside)
             np.add.at(hits, (text.ids[where[token]], p), 1)
             for document in np.flatnonzero(text.half[low:high]) + low:
-                for start in range(int(text.first[document]), int(text.first[document + 1]) - self._body + 1, self._body):
-                    if start + self._body <= end:
-                        self._consider(kept, text, start, inside[start - text.first[low] :][: self._body])
+                begin, stop = int(text.first[document]), min(int(text.first[document + 1]), end)
+                for start in range(begin, stop - self._body + 1, self._body):
+                    self._consider(kept, text, start, inside[start - text.first[low] :][: self._body])
             self._thin(kept)
         order = sorted(kept, key=lambda start: kept[start][0])
         rows = [kept[start] for start in order]

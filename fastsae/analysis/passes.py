@@ -6,7 +6,7 @@ Axes: n tokens, F features, D neurons.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from fastsae.analysis.proxies import Proxy, proxies
-from fastsae.analysis.stream import Source, read, read_store
+from fastsae.analysis.stream import Read, Source, read, read_store
 from fastsae.analysis.survey import Survey, SurveyConfig
 from fastsae.analysis.text import Text
 from fastsae.errors import FastSAEError
@@ -34,6 +34,8 @@ def take_survey(
     config: SurveyConfig | None = None,
     *,
     more_proxies: Sequence[Proxy] = (),
+    beside: Sequence[Source] = (),
+    watch: Callable[[Read], None] | None = None,
     out: str | Path | None = None,
     resume: bool = False,
     rank: int = 0,
@@ -45,9 +47,11 @@ def take_survey(
     """Reads the documents once with models that run now; a survey for every source.
 
     config, or its fields as options: see SurveyConfig. more_proxies: beside config.categories, such as a
-    `proxies.Function`. out: folder; survey-0.npz, … are written there every minute and at the end. resume: go on where
-    the surveys in out stopped, or take the finished ones. rank, world: this process reads every world-th batch; merge
-    the surveys of all ranks afterwards. text: of the same documents and proxies, if it is there already.
+    `proxies.Function`. beside: further dictionaries that are read but not surveyed. watch: called with every Read, of
+    the sources and those beside, in this order. out: folder; survey-0.npz, … are written there every minute and at the
+    end. resume: go on where the surveys in out stopped, or take the finished ones (what watch was shown before, it is
+    not shown again). rank, world: this process reads every world-th batch; merge the surveys of all ranks afterwards.
+    text: of the same documents and proxies, if it is there already.
 
     Raises FastSAEError: what `read` raises; a folder that holds surveys, without resume; ones of something else.
     """
@@ -62,8 +66,8 @@ def take_survey(
         surveys = [Survey.load(file) for file in files]
     limit = min(len(text), config.tokens or len(text))
     stream = read(
-        sources, tokenizer, documents, context=config.context, batch_size=config.batch_size, max_tokens=config.tokens,
-        start=surveys[0].batches, rank=rank, world=world,
+        [*sources, *beside], tokenizer, documents, context=config.context, batch_size=config.batch_size,
+        max_tokens=config.tokens, start=surveys[0].batches, rank=rank, world=world,
     )  # fmt: skip
     done = int(surveys[0].sums["tokens"].sum())
     saved = time.monotonic()
@@ -71,6 +75,8 @@ def take_survey(
         for some in stream:
             for which, survey in enumerate(surveys):
                 survey.add(some, text, which)
+            if watch is not None:
+                watch(some)
             meter.advance(len(some.token_ids))
             if files and time.monotonic() - saved > CHECKPOINT_SECONDS:
                 _save(surveys, files)

@@ -31,12 +31,13 @@ CHOOSE, SCORE = 0, 1  # halves of the documents
 
 
 class Known(NamedTuple):
-    """What the passes have found. of_neurons: cards of the neurons as if each were a feature, on a part of the text."""
+    """What the passes have found. controls: cards, on a part of the text, of other dictionaries: the neurons as if each
+    were a feature ("neurons"), random directions, a shuffled model."""
 
     source: Source
     tokenizer: Any
     cards: Cards
-    of_neurons: Cards
+    controls: dict[str, Cards]
     held_out: HeldOut
     logits: LogitMap | None
     basis: NeuronBasis
@@ -97,7 +98,8 @@ class Study:
             "density": float(cards.density()[feature]),
             "max": highest,
             **scores(cards, feature, p),
-            "neuron_scores": scores(self.known.of_neurons, neuron, p),
+            "neuron_scores": scores(self.known.controls["neurons"], neuron, p),
+            "controls": self._controls(p),
             "neurons": self._neurons(feature),
             "closest_neuron": self._closest(feature),
             "contexts": [self._shown(example) for example in cards.top(feature, 20)],
@@ -121,6 +123,14 @@ class Study:
         pairs = zip(basis.neurons[feature].tolist(), basis.coefficients[feature].tolist(), strict=True)
         return [[n, c] for n, c in pairs][:5]
 
+    def _controls(self, p: int) -> dict[str, float]:
+        """Pearson of the best feature of every control, chosen and scored as ours is."""
+        found = {}
+        for name, cards in self.known.controls.items():
+            best = int(cards.pearson(CHOOSE)[:, p].argmax())
+            found[name] = float(cards.pearson(SCORE)[best, p])
+        return found
+
     def _closest(self, feature: int) -> dict | None:
         found = self.cards.closest_neurons(1)
         if found is None:
@@ -142,7 +152,9 @@ class Study:
         return {
             "members": found.members,
             "missed": found.missed,
-            "strings": [[readable([self.known.bytes_of[s.token_id]])[0], s.members, s.missed] for s in found.strings[:8]],
+            "strings": [
+                [readable([self.known.bytes_of[s.token_id]])[0], s.members, s.missed] for s in found.strings[:8]
+            ],
             "others": [other.__dict__ for other in found.others[:3]],
         }
 
@@ -246,8 +258,8 @@ class Study:
 
 
 def scores(cards: Cards, feature: int, p: int) -> dict:
-    """How well a feature tells the category, on the half where features are scored: specificity and lift over all of its
-    activations and over the bins above half of its maximum, share of its output, recall, precision–recall."""
+    """How well a feature tells the category, on the half where features are scored: specificity and lift over all of
+    its activations and over the bins above half of its maximum, share of its output, recall, precision–recall."""
     overlap = cards.overlap(feature, p, SCORE)
     if overlap.active.shape[-1] == 0:  # never fired: one empty bin
         overlap = specificity.Overlap(

@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 
 from fastsae.analysis.labels import Spelling, readable
+from fastsae.analysis.membership import Membership
 from fastsae.analysis.scripts import NUMBER
 from fastsae.errors import FastSAEError
-
-_ELSEWHERE = 1e-10  # P(hypothesis | s) where no rule holds, as in the paper's proxies (Bricken et al. 2023)
 
 
 def _letters(text: str) -> str:
@@ -202,7 +201,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Pattern:
+class Pattern(Membership):
     """Where a feature is on and how strongly, by the first rule that holds. No rules: nowhere."""
 
     rules: tuple[Rule, ...] = ()
@@ -229,15 +228,13 @@ class Pattern:
             free &= ~on
         return level
 
-    def score(self, spelling: Spelling) -> np.ndarray:
-        """[N] float32, nats: log P(s | pattern) / P(s), as fastsae.analysis.proxies.Script reckons it: −log of the
-        share of tokens where a rule holds, and log 1e-10 less there where none does."""
+    def members(self, spelling: Spelling) -> np.ndarray:
+        """[N] bool: where a rule holds. See Membership, which makes a proxy of it."""
         text = Text(spelling)
         inside = np.zeros(len(spelling), dtype=bool)
         for rule in self.rules:
             inside |= matched(text, rule.atoms)
-        prior = (inside.sum() + 1) / (len(inside) + 2)
-        return np.where(inside, -np.log(prior), np.log(_ELSEWHERE / prior)).astype(np.float32)
+        return inside
 
     def to_json(self) -> dict[str, Any]:
         """A dict for JSON."""
