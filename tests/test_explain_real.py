@@ -216,22 +216,22 @@ def instruct(request, tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_an_instruction_tuned_model_goes_through_the_whole_protocol(instruct, tmp_path):
-    pair = explain_case.halves(explain_case.RULES["script"])
-    out = tmp_path / "out"
+    first, second = explain_case.halves(explain_case.RULES["script"])
+    pair, out = (_few(first), second), tmp_path / "out"
     with served(instruct, tmp_path / "serve.log") as url:
         settings = ExplainConfig(
-            explainer="endpoint", endpoint=url, model=str(instruct), windows=4, judged=6, windows_per_request=1,
+            explainer="endpoint", endpoint=url, model=str(instruct), windows=4, judged=4, windows_per_request=1,
             malformed_retries=1, concurrency=1, prompt_price=1.0, timeout=300.0,
         )  # fmt: skip
         report = explain_features({"a": [pair]}, explain_case.bytes_of(), settings, out, show_progress=False)
         # Whether or not it could explain, it can judge by an explanation that is given.
         session = Session()
-        judged = protocol.detection(pair[1], 6, 0)
+        judged = protocol.detection(second, 4, 0)
         model = explainer_of(settings)
         given = Explanation("words in Arabic script")
         answers = model.judge(given, judged.windows, None, explain_case.bytes_of(), session)
-    assert len(answers) == 6 and 0 <= (protocol.balanced_accuracy(judged.truth, answers) or 0) <= 1
-    assert session.account.requests == 6 + session.account.malformed and session.account.prompt_tokens > 6 * 100
+    assert len(answers) == 4 and 0 <= (protocol.balanced_accuracy(judged.truth, answers) or 0) <= 1
+    assert session.account.requests == 4 + session.account.malformed and session.account.prompt_tokens > 4 * 100
     (result,) = report["results"]["a"]
     scores = (result.spearman, result.detection, result.fuzzing)
     assert result.failed is not None or all(score is not None for score in scores)

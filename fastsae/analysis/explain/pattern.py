@@ -68,7 +68,8 @@ class Atom:
     def describe(self) -> str:
         """In words: what the token is."""
         if self.kind in ("token", "near"):
-            shown = [f"`{''.join(readable([value]))}`" for value in self.values]
+            texts = ["".join(readable([value])) for value in self.values]
+            shown = [f"`{text.encode('unicode_escape').decode() if text.isspace() else text}`" for text in texts]
             return f"the token{'s' if len(shown) > 1 else ''} {_listed(shown)}"
         if self.kind == "word":
             shown = [f"“{value}”" for value in self.values]
