@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,11 @@ from torch import Tensor
 
 # Rounding of one result in the dtype, as a share of its size.
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+# Options of TrainStep whose topk waits for nothing.
+TRAIN_STEPS: list[dict[str, Any]] = [
+    {}, {"state": "8bit", "clip": 1.0}, {"state": "rowwise", "betas": (0.0, 0.999)},
+    {"clip": 1.0, "clip_by": "previous"},
+]  # fmt: skip
 
 
 class WrongResult(RuntimeError):
@@ -227,7 +233,7 @@ def train_step_checks(device: torch.device) -> list[dict[str, Any]]:
 
 def no_wait_checks(device: torch.device) -> list[dict[str, Any]]:
     """On a GPU: a step of each rule does not wait, and can be captured in a CUDA graph whose replay gives the same
-    bits; {op, case, error (of the graph's gradients), passed}."""
+    bits; nor does TrainStep with topk. {op, case, error (of the graph's gradients), passed}."""
     from fastsae.sae import SAE
 
     rows: list[dict[str, Any]] = []
@@ -248,15 +254,7 @@ def no_wait_checks(device: torch.device) -> list[dict[str, Any]]:
             step()
         torch.cuda.synchronize()
         name = f"{activation}{' with open rows' if opened else ''}"
-        case, error, passed = f"{name} does not wait", 0.0, True
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            step()
-        except RuntimeError as problem:
-            case, passed = f"{case}: {problem}", False
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        rows.append({"op": "step", "case": case, "error": error, "passed": passed})
+        rows.append(does_not_wait(name, step))
         wanted = [p.grad.clone() for p in sae.parameters() if p.grad is not None]
         case = f"{name} in a CUDA graph"
         try:
@@ -272,4 +270,30 @@ def no_wait_checks(device: torch.device) -> list[dict[str, Any]]:
         except RuntimeError as problem:
             case, error, passed = f"{case}: {problem}", float("nan"), False
         rows.append({"op": "step", "case": case, "error": error, "passed": passed})
-    return rows
+    return rows + [does_not_wait(f"TrainStep {how}", train_step_of(how, device)) for how in TRAIN_STEPS]
+
+
+def train_step_of(how: dict[str, Any], device: torch.device) -> Callable[[], object]:
+    """A step of topk with AuxK, after some that compile and learn how much room the dead take."""
+    from fastsae.sae import SAE
+    from fastsae.step import TrainStep
+
+    step = TrainStep(SAE(d_in=64, d_sae=512, k=8, dead_after_tokens=256, device=device), lr=1e-4, **how)
+    x = torch.randn(128, 64, device=device)
+    for _ in range(6):
+        step(x)
+    torch.cuda.synchronize()
+    return lambda: step(x)
+
+
+def does_not_wait(name: str, call: Callable[[], object]) -> dict[str, Any]:
+    """A row: whether torch sees nothing in call that waits for the GPU."""
+    case, passed = f"{name} does not wait", True
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    except RuntimeError as problem:
+        case, passed = f"{case}: {problem}", False
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return {"op": "step", "case": case, "error": 0.0, "passed": passed}

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from bench import cases, checks, encoders, results, shapes, timing
+from bench import cases, checks, encoders, results, shapes, steps, timing
 
 # On a GPU float32 products use TF32, as training does; the results say so.
 PRECISION = "high"
@@ -111,6 +111,8 @@ class _Run:
             seconds, least = (0.05, 1) if self.dry else (0.5, 3)
             timed = timing.measure(call, self.device, seconds=seconds, least=least, most=50)
             row |= timed.row() | self.derived(case, timed.median_ms) | getattr(call, "about", {})
+            if self.device.type == "cuda":
+                row["allocated_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
             if case.memory and timed.peak_mib:
                 row["estimate_of_peak"] = case.memory / 2**20 / timed.peak_mib
             if (case.op, case.variant) == ("part", "topk repair"):
@@ -161,6 +163,7 @@ class _Run:
         memory = "" if row["peak_mib"] is None else f"  {row['peak_mib']:,.0f} MiB"
         if "estimate_of_peak" in row:
             memory += f" (estimate: {row['estimate_of_peak']:.2f} of it)"
+        memory += "".join(f"  MISSED: {goal}" for goal in steps.missed(row))
         return f"{head} {row['median_ms']:9.3f} ms ({row['p20_ms']:.3f} to {row['p80_ms']:.3f}){derived}{memory}"
 
     def save(self) -> None:

@@ -59,7 +59,8 @@ def fill(text: str, folder: Path) -> str:
 
 def _caption(machine: Row) -> str:
     """One line: on what, with what, when."""
-    on = machine.get("gpu") or f"{machine['processor']}, {machine['threads']} threads"
+    threads = machine.get("threads")
+    on = machine.get("gpu") or f"{machine['processor']}, {threads} thread{'' if threads == 1 else 's'}"
     versions = [f"torch {machine['torch']}"]
     if machine.get("gpu") and machine.get("triton"):
         versions.append(f"Triton {machine['triton']}")

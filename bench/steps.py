@@ -3,6 +3,7 @@ people write instead."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,24 +14,25 @@ from bench import naive
 from bench.shapes import LARGEST_STEP, Call, Case, Shape, TooLarge
 
 RULES = ("topk", "relu", "batchtopk", "jumprelu")
+DRAWN = 1 << 26  # elements of the initial weights at a time
 
 
 def step_cases(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
-    """fastsae at all shapes; the dense ones where [N, F] and four times [F, D] fit."""
+    """fastsae at all shapes, TrainStep first; the dense ones where [N, F] and four times [F, D] fit."""
     def case(op: str, variant: str, build: Callable[[torch.device], Call]) -> Case:
         return Case(op, variant, shape, dtype, build)
 
+    for name, options in STATES.items():
+        if dtype == torch.bfloat16 or "bf16-sr" not in name:
+            yield Case("step", f"TrainStep topk, {name}", shape, dtype,
+                       lambda device, options=options: _train_step(shape, dtype, device, options),
+                       memory=_expected(shape, dtype, options))  # fmt: skip
     for variant in ("by_feature", "weight_grad", "weight_grad, rows only", "weight_grad, dots first", "dx"):
         yield case("backward", variant, lambda device, variant=variant: _part(shape, dtype, device, variant))
     for rule in RULES:
         yield case("loss + backward", f"fastsae {rule}", lambda device, rule=rule: _ours(shape, dtype, device, rule))
     for rule in RULES[:2]:
         yield case("step", f"fastsae {rule}", lambda device, rule=rule: _ours(shape, dtype, device, rule, step=True))
-    for name, options in STATES.items():
-        if dtype == torch.bfloat16 or "bf16-sr" not in name:
-            yield Case("step", f"TrainStep topk, {name}", shape, dtype,
-                       lambda device, options=options: _train_step(shape, dtype, device, options),
-                       memory=_expected(shape, dtype, options))  # fmt: skip
     yield case("step", "naive dense ReLU + L1", lambda device: _naive(shape, dtype, device))
     if shape.name != "tiny":
         yield case("step", "naive dense ReLU + L1, compiled", lambda device: _naive(shape, dtype, device, True))
@@ -38,14 +40,32 @@ def step_cases(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
     yield case("step", "torch.topk + embedding_bag", lambda device: _gathered(shape, dtype, device, step=True))
 
 
-def sae_for(shape: Shape, dtype: torch.dtype, device: torch.device, rule: str) -> Any:
-    """A fresh SAE; of rules without a K, with biases that leave about K latents above 0 on x ~ N(0, 1)."""
+@torch.no_grad()
+def drawn(shape: Shape, dtype: torch.dtype, device: torch.device, rule: str = "topk") -> Any:
+    """A fresh SAE whose weights are drawn on the device: on the host the four billion numbers of S2 take a minute each
+    time, and all the time there is."""
     from fastsae.sae import SAE
 
     name: Any = str(dtype).removeprefix("torch.")
-    activation: Any = rule
-    sizes: Any = {"d_in": shape.D, "d_sae": shape.F, "k": shape.K}
-    sae = SAE(**sizes, activation=activation, dtype=name, backend="triton", device=device)
+    sizes: Any = {"d_in": shape.D, "d_sae": shape.F, "k": shape.K, "activation": rule}
+    sae = SAE(**sizes, dtype=name, backend="triton", device="meta").to_empty(device=device)
+    for _, t in (*sae.named_parameters(), *sae.named_buffers()):
+        t.zero_()
+    sae.input_scale.fill_(1.0)
+    if rule == "jumprelu":
+        sae.log_threshold.fill_(math.log(sae.cfg.init_threshold))
+    rows = max(1, DRAWN // shape.D)
+    for start in range(0, shape.F, rows):
+        part = torch.randn(min(rows, shape.F - start), shape.D, device=device)
+        part /= torch.linalg.vector_norm(part, dim=1, keepdim=True)
+        sae.W_dec[start : start + rows] = part
+        sae.encoder.weight[start : start + rows] = part
+    return sae
+
+
+def sae_for(shape: Shape, dtype: torch.dtype, device: torch.device, rule: str) -> Any:
+    """A fresh SAE; of rules without a K, with biases that leave about K latents above 0 on x ~ N(0, 1)."""
+    sae = drawn(shape, dtype, device, rule)
     if rule in ("relu", "jumprelu"):
         # Pre-activations of unit rows are N(0, 1).
         threshold = torch.special.ndtri(torch.tensor(1 - shape.K / shape.F, dtype=torch.float64))
@@ -67,6 +87,20 @@ STATES: dict[str, dict[str, Any]] = {
     "8bit, bf16-sr": {"state": "8bit", "master": "bf16-sr"},
     "rowwise, bf16-sr, no momentum": {"state": "rowwise", "master": "bf16-sr", "beta1": 0.0},
 }
+
+
+# What a step may take, in encoder products of its shape and dtype, and in GiB at its peak, all tensors counted.
+GOALS: dict[tuple[str, str, str], dict[str, float]] = {
+    ("TrainStep topk, fp32", "S1", "bfloat16"): {"gemms": 1.9},
+    ("TrainStep topk, rowwise, bf16-sr, no momentum", "S1", "bfloat16"): {"gemms": 1.6},
+    ("TrainStep topk, rowwise, bf16-sr, no momentum", "S2", "bfloat16"): {"gemms": 1.6, "allocated_gib": 48},
+}
+
+
+def missed(row: dict[str, Any]) -> list[str]:
+    """The goals that a row of results misses, in words."""
+    goals = GOALS.get((row["variant"], row["shape"], row["dtype"]), {})
+    return [f"{key} {row[key]:.2f}, goal {most:g}" for key, most in goals.items() if row.get(key, 0) > most]
 
 
 def _train_step(shape: Shape, dtype: torch.dtype, device: torch.device, options: dict[str, Any]) -> Call:

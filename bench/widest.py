@@ -15,7 +15,6 @@ WIDEST = Shape("widest", 4096, 4096, 4_194_304, 64)
 CHEAPEST: dict[str, Any] = {"state": "rowwise", "master": "bf16-sr", "betas": (0.0, 0.999)}
 STEPS = 50
 FEATURES, ACTIVE = 8192, 32  # what the data are made of
-DRAWN = 1 << 26  # elements of the initial weights at a time
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,7 @@ def widest_cases(shape: Shape, dtype: torch.dtype, steps: int) -> Iterator[Case]
 def _trained(shape: Shape, dtype: torch.dtype, device: torch.device, steps: int) -> Call:
     """A step to be timed, after `steps` of them whose loss must fall. Raises TooLarge where it does not fit."""
     from bench.checks import WrongResult
+    from bench.steps import drawn
     from fastsae.step import TrainStep
 
     fits(shape, dtype, device)
@@ -67,26 +67,6 @@ def fits(shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
         wanted, free = footprint(config, "cuda").total, torch.cuda.mem_get_info(device)[0]
         if wanted > free:
             raise TooLarge(f"not tried: needs {wanted / 2**30:.0f} GiB, {free / 2**30:.0f} are free")
-
-
-@torch.no_grad()
-def drawn(shape: Shape, dtype: torch.dtype, device: torch.device) -> Any:
-    """A fresh SAE whose weights are drawn on the device: on the host 17 billion numbers take minutes."""
-    from fastsae.sae import SAE
-
-    name: Any = str(dtype).removeprefix("torch.")
-    sizes: Any = {"d_in": shape.D, "d_sae": shape.F, "k": shape.K}
-    sae = SAE(**sizes, dtype=name, backend="triton", device="meta").to_empty(device=device)
-    for _, t in (*sae.named_parameters(), *sae.named_buffers()):
-        t.zero_()
-    sae.input_scale.fill_(1.0)
-    rows = max(1, DRAWN // shape.D)
-    for start in range(0, shape.F, rows):
-        part = torch.randn(min(rows, shape.F - start), shape.D, device=device)
-        part /= torch.linalg.vector_norm(part, dim=1, keepdim=True)
-        sae.W_dec[start : start + rows] = part
-        sae.encoder.weight[start : start + rows] = part
-    return sae
 
 
 def sample(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:

@@ -262,7 +262,7 @@ def step_time(config: TrainConfig, machine: Machine, found: Footprint) -> dict[s
         "selection": _selection(config, machine.kind, M),
         "decode": (M + 5 * N) * D * e,
         "sort": 4 * 2 * 12 * M,  # four passes of a radix sort over 12 bytes, read and written
-        "backward": (1 + 2 * passes) * M * D * max(e, 4 if passes else e),
+        "backward": (1 + 2 * passes) * M * D * max(e, 4),
         "optimizer": _optimizer(config, M, found),
     }
     time = {"encoder": product}

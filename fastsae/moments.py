@@ -51,7 +51,8 @@ class EightBit:
     """[F, D] in 8 bits, with an fp32 scale, the largest magnitude, for every 256 neighbours of a row.
 
     x = ± scale · (c / 127)² with a sign, scale · (c / 255)⁴ without: steps of 2 % at the top and a range of 10⁴ or 10⁹
-    below it. Linear steps would round the small second moments of a row to 0, and its updates to ∞.
+    below it. Linear steps would round the small second moments of a row to 0, and its updates to ∞; so without a sign
+    nothing is rounded to 0 at all, which a few elements 10⁴ times as large as their neighbours would make of those.
     """
 
     def __init__(self, shape: tuple[int, int], signed: bool, device: torch.device) -> None:
@@ -85,7 +86,7 @@ class EightBit:
         low, high = (self._share(c, most), self._share(c + 1, most))
         noise = torch.rand(c.shape, generator=generator, device=c.device)
         # Up with the probability that makes the mean right in the values, not in the codes, whose steps are uneven.
-        c.add_(noise < share.sub_(low).div_(high.sub_(low))).clamp_(max=most)
+        c.add_(noise < share.sub_(low).div_(high.sub_(low))).clamp_(min=0 if self.signed else 1, max=most)
         self.codes[at] = (c.copysign_(value) if self.signed else c).to(self.codes.dtype)
 
     def _share(self, c: Tensor, most: int) -> Tensor:

@@ -122,6 +122,8 @@ class TrainConfig(SAEConfig):
         for name, kind in (("state", State), ("master", Master), ("clip_by", ClipBy)):
             if getattr(self, name) not in get_args(kind):
                 raise ConfigError(f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
+        if self.dtype == "float64" and self.state != "fp32":
+            raise ConfigError(f"dtype='float64' keeps float64 moments, got state={self.state!r}; leave state at 'fp32'")
         for name in ("lr_warmup", "lr_decay", "l1_warmup", "k_anneal"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is a fraction of the run in [0, 1], got {getattr(self, name)}")
@@ -269,7 +271,7 @@ def _sparse_bias_(sae: SAE, rows: Tensor, l0: int) -> None:
     rate = min(l0 / sae.cfg.d_sae, 0.5)
     n = max(1, round(rate * len(rows)))
     for columns, bias in zip(sae.W_enc.split(256, dim=1), sae.b_enc.split(256), strict=True):
-        pre = centred @ columns  # [N, 256]: never the whole of [N, F]
+        pre = centred @ columns.to(centred.dtype)  # [N, 256]: never the whole of [N, F]
         bias.copy_(-pre.topk(n, dim=0).values[-1])
 
 

@@ -90,7 +90,8 @@ class RowAdam:
         if {m.data.dtype, v.data.dtype, g.dtype} != {w.dtype}:
             return False
         call = torch.ops.aten._fused_adamw_ if options.weight_decay else torch.ops.aten._fused_adam_
-        call([w], [g], [m.data[at]], [v.data[at]], [], [torch.tensor(float(options.t), device=w.device)],
+        t = torch.full((), float(options.t), device=w.device)  # torch.tensor would wait for a GPU
+        call([w], [g], [m.data[at]], [v.data[at]], [], [t],
              lr=options.lr, beta1=options.beta1, beta2=options.beta2, weight_decay=options.weight_decay,
              eps=options.eps, amsgrad=False, maximize=False)  # fmt: skip
         return True

@@ -172,8 +172,11 @@ def join(parts: list[Part]) -> Part | None:
 
     def whole(name: str) -> Tensor | None:
         given = [getattr(part, name) for part in parts]
-        if any(t is None for t in given):
+        some = next((t for t in given if t is not None), None)
+        if some is None:
             return None
+        # Nothing pulls at l1 or l0 of those micro-batches that came while the penalty was 0.
+        given = [some.new_zeros(part.rows.shape[0]) if t is None else t for part, t in zip(parts, given, strict=True)]
         if name in ("values", "indices"):
             given = [torch.nn.functional.pad(t, (0, slots - t.shape[1])) for t in given]
         return torch.cat(given)

@@ -45,8 +45,9 @@ class TrainStep:
     β₁ > 0, where Adam goes on moving them. With β₁ = 0 and no weight decay it is no approximation, and always done.
     dead_every: in which steps dead latents (silent for the SAE's dead_after_tokens) are evaluated and trained: in every
     dead_every-th. In the others only the living are there, and the encoder's product shrinks to those. Dead ones then
-    rest, moments and all, and come back later than they would. Until `restore_order()` is called the latents stand in
-    another order, the living first; `order` [F] says which latent stands where.
+    rest, moments and all (their biases follow what momentum is left), and come back later than they would. Until
+    `restore_order()` is called the latents stand in another order, the living first; `order` [F] says which latent
+    stands where.
     seed: of the random rounding.
 
     lr, penalty (a factor of the sparsity penalty, for its warm-up) and k (of topk and batchtopk, None for the SAE's)
@@ -54,8 +55,9 @@ class TrainStep:
     counted as in `SAE.loss`. Gradients of parameters (`p.grad`) stay None. On a CUDA device the kernels run, where D is
     at most 4096, and topk waits for nothing; the codes of the other rules wait for their size. One process, one GPU.
 
-    Raises ConfigError for options that cannot be meant, DataError for a loss that is not finite (on the CPU, where
-    asking costs nothing) and for shapes that do not fit.
+    Raises ConfigError for options that cannot be meant and for frozen parameters; DataError for a loss that is not
+    finite (on the CPU, where asking costs nothing), for shapes that do not fit, and for an SAE that was moved or
+    converted since.
     """
 
     def __init__(
@@ -108,6 +110,7 @@ class TrainStep:
         sae = self.sae
         if not sae.training:
             raise DataError("the SAE is in evaluation mode; call sae.train() before the next step")
+        self._check_parameters()
         rows, wanted, _ = sae.prepared(x, target, mask)
         if self._sums is None:
             self._used = self._first()
@@ -205,6 +208,17 @@ class TrainStep:
             found.append(sae.log_threshold)
         return [t.detach() for t in found + ([] if self.last is None else [self.last])]
 
+    def _check_parameters(self) -> None:
+        """Raises DataError where the SAE's parameters are no longer the memory that updates go to."""
+        states = {"W_dec": self.w_dec, "encoder.weight": self.weight, **self.vectors}
+        states["encoder.bias"] = states.pop("bias")
+        for name, state in states.items():
+            if self.sae.get_parameter(name).data_ptr() != state.weight.data_ptr():
+                raise DataError(
+                    f"{name} is another tensor than when this TrainStep was made: move, convert and load the SAE "
+                    "first, then make the TrainStep"
+                )
+
     def _first(self) -> int | None:
         """How many latents the next update works on; None for all."""
         return None if self.steps % self.dead_every == 0 or self.living == self.sae.cfg.d_sae else self.living
@@ -215,6 +229,8 @@ class TrainStep:
         states = {"W_dec": self.w_dec, "encoder.weight": self.weight, **self.vectors}
         found = {f"{name}.{part}": t for name, state in states.items() for part, t in state.tensors.items()}
         more = {"norm": self.norm, "last": self.last, "order": self.order}
+        # Norms are state where they are used: those of a kernel differ in the last bits from what is made of weights.
+        more |= {"norms": self._current_norms()} if self._weighted else {}
         return found | {name: t for name, t in more.items() if t is not None}
 
     @property
@@ -243,7 +259,12 @@ class TrainStep:
                 )
         for name, t in there.items():
             t.copy_(state[name])
-        self.steps, self.living = int(state["steps"]), int(state["living"])
+        self.go_on({name: state[name] for name in self.numbers})
+
+    def go_on(self, numbers: dict[str, int]) -> None:
+        """From `numbers`, once the SAE and `tensors` have been filled in."""
+        self.steps, self.living = int(numbers["steps"]), int(numbers["living"])
+        self._version = _version_of(self.sae)
 
     # --- the update -------------------------------------------------------------------------------------------------
 
@@ -367,7 +388,7 @@ class TrainStep:
         if self._weighted and self._version != _version_of(self.sae):
             # Some rows at a time: of a dictionary in half precision the whole in fp32 would be more than all its state.
             rows = self.sae.W_dec.detach().split(max(1, 2**20 // self.sae.cfg.d_in))
-            self.norms = torch.cat([torch.linalg.vector_norm(widened(part), dim=1) for part in rows])
+            torch.cat([torch.linalg.vector_norm(widened(part), dim=1) for part in rows], out=self.norms)
         return self.norms
 
     def _factor(self) -> Tensor:

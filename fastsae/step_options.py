@@ -62,6 +62,12 @@ def check(
                 f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}"
                 + ("; for any other optimizer use sae.loss(x).loss.backward()" if name == "optimizer" else "")
             )
+    frozen = [name for name, p in sae.named_parameters() if not p.requires_grad]
+    if frozen:
+        raise ConfigError(
+            f"TrainStep updates all parameters, {', '.join(frozen)} should not change (requires_grad=False); "
+            "call sae.requires_grad_(), or use sae.loss(x).loss.backward()"
+        )
     numbers = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "clip": clip}
     for name, value in numbers.items():
         if not 0 <= value < math.inf:

@@ -159,7 +159,7 @@ class _Run:
             about = shards.about(saved)
             shards.read(saved, into=self.tensors)
             self.step, self.resampled = about["step"], about["resampled"]
-            self.train_step.steps, self.train_step.living = about["steps"], about["living"]
+            self.train_step.go_on(about)
         if out is not None:
             truncate_log(out / LOG, self.step)
 

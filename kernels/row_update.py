@@ -88,6 +88,8 @@ def write_moment(ptr, scales_ptr, value, bits, f, d, D, STATE: tl.constexpr, SIG
         c = tl.minimum(c + tl.where(random * (share_of(c + 1.0, SIGNED) - low) < share - low, 1.0, 0.0), most)
         if SIGNED:
             c = tl.where(value < 0, -c, c)
+        else:
+            c = tl.maximum(c, 1.0)  # see EightBit: no second moment is rounded to 0
         tl.store(at, c.to(ptr.dtype.element_ty), mask=d < D)
     elif STATE == "fp32":
         tl.store(at, value, mask=d < D)

@@ -189,3 +189,12 @@ def test_the_widest_case_trains_before_it_is_timed(monkeypatch):
     assert float(call()) < call.about["loss_first"]
     with pytest.raises(checks.WrongResult, match="does not fall"):
         next(widest_cases(shapes.TINY[0], torch.float32, steps=1)).build(torch.device("cpu"))
+
+
+def test_a_step_over_its_goal_is_told():
+    from bench.steps import GOALS, missed
+
+    (variant, shape, dtype), goals = next(iter(GOALS.items()))
+    row = {"variant": variant, "shape": shape, "dtype": dtype, "gemms": goals["gemms"] + 0.1}
+    assert missed(row) == [f"gemms {row['gemms']:.2f}, goal {goals['gemms']:g}"]
+    assert missed(row | {"gemms": goals["gemms"]}) == [] == missed(row | {"shape": "tiny"})

@@ -187,6 +187,29 @@ def test_training_steps_by_kernels_are_those_of_torch(options, how, monkeypatch)
         torch.testing.assert_close(p, q, rtol=1e-2, atol=1e-4)
 
 
+def test_a_resumed_run_is_the_uninterrupted_one(monkeypatch):
+    monkeypatch.setattr(gpu, "slots_for", lambda k: 16)
+    gen = torch.Generator().manual_seed(3)
+    xs = [torch.randn(2, 12, generator=gen).to(DEVICE) for _ in range(4)]
+
+    def start() -> tuple[SAE, TrainStep]:
+        sae = SAE(d_in=12, d_sae=24, activation="relu", l1_coefficient=0.3, decoder_norm="free", dtype="float16",
+                  backend="triton", device=DEVICE)  # fmt: skip
+        return sae, TrainStep(sae, lr=1e-2, state="8bit")
+
+    whole, step = start()
+    for x in xs[:2]:
+        step(x)
+    again, rest = start()
+    again.load_state_dict(whole.state_dict())
+    rest.load_state_dict({k: v.clone() if isinstance(v, Tensor) else v for k, v in step.state_dict().items()})
+    for x in xs[2:]:
+        step(x)
+        rest(x)
+    for name, t in [*whole.state_dict().items(), *step.tensors.items()]:
+        assert torch.equal({**again.state_dict(), **rest.tensors}[name], t), name
+
+
 def test_the_same_bits_every_time():
     given, weights = part(9, 4, 30, 63)
     options = AdamOptions(0.01, 0.9, 0.99, 1e-6, 0.0, 3)
@@ -194,6 +217,16 @@ def test_the_same_bits_every_time():
     for a, b in zip(first, second, strict=True):
         for x, y in zip([a.weight, *a.tensors.values()], [b.weight, *b.tensors.values()], strict=True):
             assert torch.equal(x, y)
+
+
+def test_no_second_moment_is_rounded_to_0_in_eight_bits():
+    given, weights = part(9, 4, 30, 63)
+    given.rows[:, 0] *= 1e6
+    options = AdamOptions(0.01, 0.9, 0.99, 1e-6, 0.0, 3, torch.tensor(1.0, device=DEVICE))
+    ours, theirs, _ = both(given, weights, options, state="8bit")
+    for encoder in (ours[1], theirs[1]):
+        assert isinstance(encoder.v, EightBit)
+        assert int((encoder.v.codes == 1).sum()) > 63 and int(encoder.v.codes.min()) == 1
 
 
 def test_rows_that_are_too_wide_are_refused():

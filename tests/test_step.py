@@ -137,6 +137,21 @@ def test_rows_that_waited_are_where_dense_adam_has_them(dtype):
     torch.testing.assert_close(lazy, dense.detach(), **tight)
 
 
+@pytest.mark.parametrize("beta1", [0.9, 0.0])
+def test_eight_bits_bear_an_element_that_dwarfs_its_neighbours(beta1):
+    """As residual streams have them: were the others' second moments rounded to 0, their steps would be millions."""
+    gen, rounding = (torch.Generator().manual_seed(i) for i in range(2))
+    w, scale = torch.zeros(16, 256), torch.ones(256)
+    scale[7] = 1e4
+    rows, most = RowAdam(w, "8bit", beta1, False), 0.0
+    for t in range(1, 151):
+        g = torch.randn(16, 256, generator=gen) * scale * (torch.rand(16, 1, generator=gen) < 0.3)
+        before = w.clone()
+        rows.update(slice(0, 16), g, AdamOptions(1.0, beta1, 0.999, 1e-8, 0.0, t), False, None, rounding)
+        most = max(most, float((w - before).abs().max()))
+    assert 1 < most < 40
+
+
 def test_lazy_is_no_more_than_close():
     exact, lazy = make(RULES[0]), make(RULES[0])
     a, b = TrainStep(exact, lr=1e-3), TrainStep(lazy, lr=1e-3, lazy=True)
@@ -184,6 +199,23 @@ def test_micro_batches_are_one_batch(options):
         for name in ("loss", "mse", "sparsity", "l0"):
             torch.testing.assert_close(getattr(got, name), getattr(want, name))
         same(whole, parts, rtol=1e-7, atol=1e-8)
+
+
+def test_a_penalty_that_begins_between_micro_batches():
+    sae, start = make(RULES[3], dtype="float64"), make(RULES[3], dtype="float64")
+    x = batches(1, dtype=torch.float64)[0]
+    step = TrainStep(sae, lr=1e-2)
+    step.penalty = 0.0
+    step.accumulate(x[:5])
+    step.penalty = 1.0
+    step.accumulate(x[5:])
+    step.update()
+    optimizer, norm = torch.optim.Adam(start.parameters(), lr=1e-2), DecoderNorm(start)
+    (5 / N * start.loss(x[:5]).mse + (N - 5) / N * start.loss(x[5:]).loss).backward()
+    norm.project_gradient_()
+    optimizer.step()
+    norm.renormalise_()
+    same(sae, start, rtol=1e-7, atol=1e-8)
 
 
 def test_masks_targets_and_shapes_are_those_of_loss():
@@ -330,6 +362,22 @@ def test_what_cannot_be_stepped_on():
     with pytest.raises(FastSAEError, match="state"):
         other.load_state_dict(TrainStep(make(RULES[0])).state_dict())
     assert fastsae.TrainStep is TrainStep
+
+
+def test_parameters_that_cannot_be_updated():
+    sae = make(RULES[6])
+    sae.b_dec.requires_grad_(False)
+    with pytest.raises(FastSAEError, match="b_dec .*requires_grad"):
+        TrainStep(sae)
+    step = TrainStep(sae.requires_grad_())
+    step(batches(1)[0])
+    sae.log_threshold.data = sae.log_threshold.data.clone()
+    with pytest.raises(FastSAEError, match="log_threshold is another tensor"):
+        step(batches(1)[0])
+    step = TrainStep(sae)
+    sae.to(torch.bfloat16)
+    with pytest.raises(FastSAEError, match="W_dec is another tensor"):
+        step(batches(1)[0])
 
 
 def test_decoder_norms_are_those_of_weights_written_from_outside():

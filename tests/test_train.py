@@ -171,6 +171,7 @@ def test_bad_input_is_one_clear_line(store):
         (r"tokens must be at least 0", {"tokens": -1}),
         (r"beta1 must be in", {"beta1": 1.0}),
         (r"lr must be a finite number", {"lr": float("nan")}),
+        (r"float64 moments, got state='8bit'", {"dtype": "float64", "state": "8bit"}),
     ]
     for message, options in cases:
         with pytest.raises(FastSAEError, match=message) as caught:
@@ -221,6 +222,9 @@ def test_start_from_data(store, normalise, init_b_dec):
 @pytest.mark.parametrize("apply_b_dec_to_input", [True, False])
 def test_a_sparse_start(store, apply_b_dec_to_input):
     options: dict[str, Any] = {"d_sae": 300, "activation": "relu", "apply_b_dec_to_input": apply_b_dec_to_input}
+    for dtype in ("bfloat16", "float16", "float64"):
+        narrow = start(TrainConfig(init_l0=12, dtype=dtype, **options).complete(D, N), store)
+        assert (narrow.encode(activations()) > 0).float().mean() == pytest.approx(0.04, rel=0.05)
     sae = start(TrainConfig(init_l0=12, **options).complete(D, N), store)
     rate = (sae.encode(activations()) > 0).float().mean(0)  # [300], wanted 12 / 300
     assert rate.mean() == pytest.approx(0.04, rel=0.01) and rate.std() < 0.001
