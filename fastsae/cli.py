@@ -145,7 +145,7 @@ def evaluate(
     text: str = "builtin",
     text_field: str = "text",
 ) -> dict:
-    """Measure a dictionary on held-out text: FVE, L0, dead latents, cross-entropy recovered.
+    """Measure a dictionary on held-out text: FVE, L0, dead and ultra-low latents, cross-entropy recovered, KL, geometry.
 
     Args:
         sae: Folder of the dictionary (the run's folder or its sae/ folder).
@@ -156,10 +156,13 @@ def evaluate(
     """
     import fastsae
     from fastsae import corpus
+    from fastsae.analysis.quality import quality
 
     network, tokenizer = load_model(model)
     documents = corpus.load(text, "heldout", text_field)
-    return fastsae.evaluate(load_sae(sae), network, tokenizer, documents, hook, config).to_dict()
+    dictionary = load_sae(sae)
+    found = fastsae.evaluate(dictionary, network, tokenizer, documents, hook, config)
+    return quality(dictionary, found).to_dict()
 
 
 def analyze(

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from fastsae.analysis import goals
 from fastsae.analysis.cards import Cards
@@ -30,7 +31,8 @@ from fastsae.analysis.stream import Read, Source
 from fastsae.analysis.study import CHOOSE, SCORE, Effects, Known, Study, chosen_features
 from fastsae.analysis.survey import Survey, SurveyConfig
 from fastsae.analysis.text import Text
-from fastsae.analysis.universality import Match, MatchConfig, Matching
+from fastsae.analysis.universality import Match, MatchConfig, Matching, shuffled
+from fastsae.codes import SparseCode
 from fastsae.errors import FastSAEError
 from fastsae.files import write_json
 from fastsae.sae import SAE
@@ -188,11 +190,11 @@ class _Run:
         matching = splitting = None
         if other is not None:
             second = Source(other[0], other[1], hook)
-            third = Source(*control, hook) if control is not None else None
+            third = Source(*(control or (other[0], shuffled(other[1], self.config.seed))), hook)
             matching = Matching(
                 self.source, second, third, self.text.half.tolist(), MatchConfig(context=self.config.context)
             )
-            beside += [second] if third is None else [second, third]
+            beside += [second, third]
         compared = len(beside)
         layers = sorted([sae, *widths], key=lambda one: one.cfg.d_sae)
         if widths:
@@ -220,6 +222,8 @@ class _Run:
         limit = min(len(self.text), self.config.tokens or len(self.text))
         sources = {"features": self.source, "neurons": Source(neurons_as_features(sae), model, hook)}
         sources["random directions"] = Source(random_features(sae, self.config.seed), model, hook)
+        misplaced: Any = Misplaced(sae, self.config.seed)
+        sources["misplaced features"] = Source(misplaced, model, hook)
         if control is not None:
             sources["shuffled model"] = Source(*control, hook)
         counters = {p: GapCounter(f, sae.cfg.d_sae, seed=self.config.seed) for p, f in chosen.items()}
@@ -231,8 +235,9 @@ class _Run:
             for p, counter in counters.items():
                 counter.add(some, torch.from_numpy(inside[:, p]))
 
-        # Bookkeeping of neurons costs their density: fewer examples, none of the weakest, no pairs.
-        how = replace(self.how, bottom=0, cofiring_up_to=0)
+        # Bookkeeping of neurons costs their density: none of the weakest examples, no pairs. Small batches: also a kind
+        # of text that stands in few documents comes up then.
+        how = replace(self.how, bottom=0, cofiring_up_to=0, batch_size=4)
         surveys = take_survey(
             list(sources.values()), self.tokenizer, self.documents, how, watch=watch, text=self.text,
             world=max(1, math.ceil(limit / self.config.control_tokens)), show_progress=self.show,
@@ -300,6 +305,23 @@ def random_features(sae: SAE, seed: int = 0) -> SAE:
     return made.eval()
 
 
+class Misplaced(nn.Module):
+    """A dictionary whose features fire as often and as strongly, on tokens drawn at random: what chance explains."""
+
+    def __init__(self, sae: SAE, seed: int) -> None:
+        super().__init__()
+        self._sae, self.cfg = sae, sae.cfg
+        self._generator = torch.Generator().manual_seed(seed)
+
+    @property
+    def device(self) -> torch.device:
+        return self._sae.device
+
+    def encode_sparse(self, x: Tensor) -> SparseCode:
+        order = torch.randperm(len(x), generator=self._generator).to(x.device)
+        return self._sae.encode_sparse(x[order])
+
+
 def _universality(match: Match | None) -> dict | None:
     """Medians over live features, over neurons, and of the control."""
     if match is None:
@@ -309,7 +331,7 @@ def _universality(match: Match | None) -> dict | None:
         "features": found["pearson"], "held_out": found["held_out"], "one_to_one": found["assigned_pearson"],
         "neurons": found["neurons"], "neurons_held_out": found["neurons_held_out"], "control": found["control"],
         "control_held_out": found["control_held_out"], "logits": found["logit_pearson"],
-        "decoder_cosine": found["decoder_cosine"], "count": int(match.live.sum()),
+        "count": int(match.live.sum()),
     }  # fmt: skip
 
 
