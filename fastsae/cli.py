@@ -14,7 +14,7 @@ from typing import Annotated, Any, get_args
 
 from fastsae.analysis import AnalyzeConfig
 from fastsae.analysis.steering import Steering
-from fastsae.cli_analysis import match, split, steer
+from fastsae.cli_analysis import explain, match, split, steer
 from fastsae.errors import FastSAEError
 from fastsae.estimate import Estimate
 from fastsae.evaluate import EvalConfig
@@ -145,7 +145,7 @@ def evaluate(
     text: str = "builtin",
     text_field: str = "text",
 ) -> dict:
-    """Measure a dictionary on held-out text: FVE, L0, dead and ultra-low latents, cross-entropy recovered, KL, geometry.
+    """Measure a dictionary on held-out text: FVE, L0, dead and ultra-low latents, CE recovered, KL, geometry.
 
     Args:
         sae: Folder of the dictionary (the run's folder or its sae/ folder).
@@ -234,6 +234,7 @@ VERBS: dict[str, Callable[..., dict | Estimate | Steering]] = {
     "steer": steer,
     "match": match,
     "split": split,
+    "explain": explain,
     "estimate": estimate,
 }
 

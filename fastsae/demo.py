@@ -6,8 +6,8 @@ Stages, each in a folder of its own under the output folder, each reused when it
                └─ lm-b ── store-b ── sae-b ── eval-b ── control ──────┘
 
 The two branches differ in the seed alone and run as two processes. narrow and wide: dictionaries of half and twice the
-features on store-a, to see features split. control: a dictionary trained on lm-b with its weights shuffled. Features are
-chosen on one half of the held-out documents and scored on the other half.
+features on store-a, to see features split. control: a dictionary trained on lm-b with its weights shuffled. Features
+are chosen on one half of the held-out documents and scored on the other half.
 """
 
 import hashlib

@@ -13,22 +13,22 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastsae.analysis import goals
 from fastsae.analysis.cards import Cards
+from fastsae.analysis.evidence import contexts_map, evidence_of, live_features
 from fastsae.analysis.explain import ExplainConfig, explain_features
 from fastsae.analysis.gaps import GapCounter, Gaps
 from fastsae.analysis.held_out import HeldOut
-from fastsae.analysis.logit_map import LogitMap, logit_map
+from fastsae.analysis.logit_map import LogitMap
 from fastsae.analysis.neurons import neuron_basis
 from fastsae.analysis.passes import take_survey
 from fastsae.analysis.proxies import DEFAULT, Proxy, proxies
 from fastsae.analysis.splitting import Split, SplitConfig, Splitting
 from fastsae.analysis.stream import Read, Source
-from fastsae.analysis.study import CHOOSE, SCORE, Effects, Known, Study, chosen_features
+from fastsae.analysis.study import Effects, Known, Study, chosen_features
 from fastsae.analysis.survey import Survey, SurveyConfig
 from fastsae.analysis.text import Text
 from fastsae.analysis.universality import Match, MatchConfig, Matching, shuffled
@@ -126,7 +126,7 @@ def analyze(
     second = run.second(control, chosen)
     controls = {name: Cards(survey) for name, survey in second.surveys.items() if name != "features"}
     known = Known(
-        run.source, tokenizer, cards, controls, run.held_out(), run.logits(), neuron_basis(sae.W_dec, k=5),
+        run.source, tokenizer, cards, controls, run.held_out, run.logits(), neuron_basis(sae.W_dec, k=5),
         first.match, second.gaps, run.text.bytes_of,
     )  # fmt: skip
     how = Effects(config.batch_size, config.sample_tokens, config.samples, config.seed)
@@ -177,6 +177,9 @@ class _Run:
         self.show = show_progress
         chosen: list[Proxy] = proxies(config.categories)
         self.text = Text(tokenizer, documents, chosen)
+        self.held_out = HeldOut(
+            self.text, tokenizer, config.context, config.contexts_per_effect, config.tokens, config.seed
+        )
         self.how = SurveyConfig(
             categories=config.categories, tokens=config.tokens, context=config.context,
             batch_size=config.batch_size, seed=config.seed,
@@ -245,34 +248,17 @@ class _Run:
         found = {p: counter.result() for p, counter in counters.items() if counter.tokens}
         return _Second(dict(zip(sources, surveys, strict=True)), found)
 
-    def held_out(self) -> HeldOut:
-        config = self.config
-        return HeldOut(
-            self.text, self.tokenizer, config.context, config.contexts_per_effect, config.tokens, config.seed
-        )
-
     def logits(self) -> LogitMap | None:
         """None for a model without an unembedding."""
-        ids = self.held_out().ids[:_LOGIT_CONTEXTS]
-        if not len(ids):
-            return None
-        keep = torch.ones(ids.shape, dtype=torch.bool)
-        keep[:, 0] = self.tokenizer.bos_token_id is None
-        try:
-            return logit_map(self.source.model, self.source.hook, ids, keep)
-        except FastSAEError:
-            return None
+        ids = self.held_out.ids[:_LOGIT_CONTEXTS]
+        return contexts_map(self.source, ids, self.tokenizer.bos_token_id is not None) if len(ids) else None
 
     def explain(self, surveys: dict[str, Survey]) -> dict:
         """Scores of the offline explainer on features and controls, from the same tokens, and what it said."""
-        generator = torch.Generator().manual_seed(self.config.seed)
-        groups = {}
-        for name, survey in surveys.items():
-            cards = Cards(survey)
-            fires = np.minimum(*(survey.sums["fires"][half] for half in (CHOOSE, SCORE)))
-            live = torch.from_numpy(np.flatnonzero(fires >= 50))
-            drawn = live[torch.randperm(len(live), generator=generator)[: self.config.explain_features]].tolist()
-            groups[name] = [(cards.evidence(f, CHOOSE), cards.evidence(f, SCORE)) for f in drawn]
+        groups = {
+            name: evidence_of(Cards(survey), live_features(survey, self.config.explain_features, self.config.seed))
+            for name, survey in surveys.items()
+        }
         settings = ExplainConfig(seed=self.config.seed)
         found = explain_features(groups, self.text.bytes_of, settings, show_progress=self.show)
         said = sorted(found["results"]["features"], key=lambda one: -(one.spearman or 0))
