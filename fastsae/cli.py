@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 from fastsae.analysis import AnalyzeConfig
+from fastsae.analysis.steering import Steering
+from fastsae.cli_analysis import explain, match, split, steer
 from fastsae.errors import FastSAEError
 from fastsae.estimate import Estimate
 from fastsae.evaluate import EvalConfig
 from fastsae.files import claim_folder
 from fastsae.harvest import HarvestConfig
+from fastsae.inputs import load_model, load_sae, quiet
 from fastsae.lm import MLP_HOOK, LMConfig
 from fastsae.machines import GPUS
 from fastsae.recipe import Preset, TrainConfig
-from fastsae.sae import SAE
 
 try:
     import tyro
@@ -74,7 +76,7 @@ def lm(
     from fastsae import corpus
     from fastsae import lm as module
 
-    _quiet()
+    quiet()
     documents = corpus.load(text, text_field=text_field)
     return module.train(
         corpus.split_of(documents, "train"),
@@ -108,7 +110,7 @@ def harvest(
     import fastsae
     from fastsae import corpus
 
-    network, tokenizer = _load_model(model)
+    network, tokenizer = load_model(model)
     documents = corpus.load(text, "train", text_field)
     store = fastsae.harvest(network, tokenizer, documents, hook, out, config, resume=resume)
     return {"store": str(out), "count": store.count, "width": store.width, "mean_norm": store.mean_norm}
@@ -143,7 +145,7 @@ def evaluate(
     text: str = "builtin",
     text_field: str = "text",
 ) -> dict:
-    """Measure a dictionary on held-out text: FVE, L0, dead latents, cross-entropy recovered.
+    """Measure a dictionary on held-out text: FVE, L0, dead and ultra-low latents, CE recovered, KL, geometry.
 
     Args:
         sae: Folder of the dictionary (the run's folder or its sae/ folder).
@@ -154,10 +156,13 @@ def evaluate(
     """
     import fastsae
     from fastsae import corpus
+    from fastsae.analysis.quality import quality
 
-    network, tokenizer = _load_model(model)
+    network, tokenizer = load_model(model)
     documents = corpus.load(text, "heldout", text_field)
-    return fastsae.evaluate(load_sae(sae), network, tokenizer, documents, hook, config).to_dict()
+    dictionary = load_sae(sae)
+    found = fastsae.evaluate(dictionary, network, tokenizer, documents, hook, config)
+    return quality(dictionary, found).to_dict()
 
 
 def analyze(
@@ -190,32 +195,13 @@ def analyze(
         raise FastSAEError("other_sae and other_model go together, got one of them")
     given = {"sae": sae, "model": model, "hook": hook, "text": text, "other_sae": other_sae, "other_model": other_model}
     claim_folder(out, "analysis", {**given, "analyze": asdict(config)}, resume=True)
-    network, tokenizer = _load_model(model)
+    network, tokenizer = load_model(model)
     other = None
     if other_sae is not None and other_model is not None:
-        other = (load_sae(other_sae), _load_model(other_model)[0])
+        other = (load_sae(other_sae), load_model(other_model)[0])
     documents = corpus.load(text, "heldout", text_field)
     found = run(load_sae(sae), network, tokenizer, documents, hook, out, config, other=other)
     return {**found, "report": str(out / "report.html")}
-
-
-def _load_model(name: str) -> tuple[Any, Any]:
-    """Model and tokenizer, without transformers' own progress bars: one kind of bar on a terminal is enough."""
-    from fastsae import lm as module
-
-    _quiet()
-    return module.load(name)
-
-
-def _quiet() -> None:
-    """transformers and the hub say nothing of their own: what matters of it comes in our errors."""
-    import logging
-
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 def estimate(
@@ -238,18 +224,17 @@ def estimate(
     return fastsae.estimate(config, gpu=gpu)
 
 
-def load_sae(folder: Path) -> SAE:
-    """The SAE in a folder, or in the sae/ folder of a training run."""
-    return SAE.from_pretrained(folder / "sae" if (folder / "sae" / "cfg.json").exists() else folder)
-
-
-VERBS: dict[str, Callable[..., dict | Estimate]] = {
+VERBS: dict[str, Callable[..., dict | Estimate | Steering]] = {
     "demo": demo,
     "lm": lm,
     "harvest": harvest,
     "train": train,
     "eval": evaluate,
     "analyze": analyze,
+    "steer": steer,
+    "match": match,
+    "split": split,
+    "explain": explain,
     "estimate": estimate,
 }
 
@@ -310,8 +295,8 @@ def _parsed(verbs: dict[str, Any], argv: Sequence[str]) -> Callable[[], Any]:
         raise
 
 
-def _print_result(result: dict | Estimate, as_json: bool) -> None:
-    if isinstance(result, Estimate):
+def _print_result(result: dict | Estimate | Steering, as_json: bool) -> None:
+    if not isinstance(result, dict):
         if not as_json:
             print(result)
             return
@@ -355,7 +340,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _again(argv: Sequence[str]) -> str:
     """How to go on with a verb that was stopped."""
-    if argv[:1] in (["eval"], ["analyze"], ["estimate"]):
+    if argv[:1] in (["eval"], ["analyze"], ["steer"], ["match"], ["split"], ["estimate"]):
         return "the same command starts over"
     resume = "" if argv[:1] == ["demo"] else " with --resume"
     return f"the same command{resume} goes on from here"

@@ -55,17 +55,22 @@ class EvalResult:
     """What `evaluate` found. Cross-entropies (ce_…) in nats per token.
 
     tokens: N, activations scored. mse: mean over tokens of Σ_d (x̂ − x)², in the units of x. fve: 1 − Σ‖x − x̂‖² /
-    Σ‖x − mean‖². l0: active features per token. dead: fraction of features that never fired on these N tokens.
+    Σ‖x − mean‖². nmse: Σ‖x − x̂‖² / Σ‖x‖², the mean not taken off (with it taken off it would be 1 − fve). l0: active
+    features per token. l1: mean over tokens of Σ_f f, in the dictionary's units. dead: fraction of features that never
+    fired on these N tokens.
     density: [F], fraction of tokens on which each feature fires. histogram: counts of features by log10 of their
     density between histogram_edges (dead ones left out). ce_raw: of the model itself; ce_spliced, ce_zero, ce_mean:
     with the reconstruction, zero, or the mean activation in place of each activation. recovered_zero, recovered_mean:
-    (ce_ablated − ce_spliced) / (ce_ablated − ce_raw), 1 being no loss; NaN where ablation costs nothing.
+    (ce_ablated − ce_spliced) / (ce_ablated − ce_raw), 1 being no loss; NaN where ablation costs nothing. kl: mean over
+    the same tokens as the cross-entropies of KL(model ‖ model with the reconstruction), nats per token.
     """
 
     tokens: int
     mse: float
     fve: float
+    nmse: float
     l0: float
+    l1: float
     dead: float
     ce_raw: float
     ce_spliced: float
@@ -73,6 +78,7 @@ class EvalResult:
     ce_mean: float
     recovered_zero: float
     recovered_mean: float
+    kl: float
     histogram: list[int]
     histogram_edges: list[float]
     density: Tensor = field(repr=False, compare=False)
@@ -121,15 +127,14 @@ def evaluate(
     total = 4 * sum(int(batch.keep.sum()) for batch in batches)
     try:
         with progress("evaluate (4 runs)", total, "tokens", show=show_progress) as meter:
-            raw = run.observe(batches, meter)
+            raw, spliced, kl = run.observe(batches, meter)
             stand_in = run.mean if mean is None else mean
-            spliced = run.cross_entropy(batches, run.reconstruct, meter)
             zero = run.cross_entropy(batches, torch.zeros_like, meter)
             average = run.cross_entropy(batches, lambda x: stand_in.to(x).expand_as(x), meter)
     finally:
         sae.train(was_training[0])
         model.train(was_training[1])
-    return run.result(raw, spliced, zero, average)
+    return run.result(raw, spliced, kl, zero, average)
 
 
 def _batches(tokenizer: Any, documents: Iterable[Any], config: EvalConfig) -> Iterable[ContextBatch]:
@@ -155,7 +160,7 @@ class _Evaluation:
         D, F = sae.cfg.d_in, sae.cfg.d_sae
         self.n = 0
         self.sum = torch.zeros(D, dtype=torch.float64)
-        self.squares = self.error = self.active = 0.0
+        self.squares = self.error = self.active = self.l1 = 0.0
         self.fired = torch.zeros(F, dtype=torch.int64, device=sae.device)
 
     @property
@@ -163,13 +168,14 @@ class _Evaluation:
         """Of the activations seen by `observe`, [D] float64."""
         return self.sum / self.n
 
-    def observe(self, batches: list[ContextBatch], meter: Meter) -> float:
-        """The untouched model: its cross-entropy, and the moments of its activations."""
-        nats, targets = 0.0, 0
+    def observe(self, batches: list[ContextBatch], meter: Meter) -> tuple[float, float, float]:
+        """(cross-entropy of the untouched model, with the reconstruction, KL from the first to the second) in nats per
+        token, and on the way the moments of the activations and of the code. Both runs of a batch stand side by side,
+        for the KL needs the logits of both."""
+        nats, spliced, kl, targets = 0.0, 0.0, 0.0, 0
         for batch in batches:
             with capture(self.model, self.hook) as outputs:
-                loss, n = self._forward(batch)
-            nats, targets = nats + loss, targets + n
+                raw = self._logits(batch)
             if not outputs:
                 raise FastSAEError(f"the model's forward pass does not run {self.hook}: hook another module")
             x = self._scored(outputs[0], batch).double()
@@ -177,26 +183,35 @@ class _Evaluation:
             self.squares += float(x.square().sum())
             self.n += len(x)
             meter.advance(len(x))
+            new = self._replaced(batch, self.reconstruct)
+            wanted = self._targets(batch)
+            nats, spliced, targets = nats + _nats(raw, wanted), spliced + _nats(new, wanted), targets + len(wanted)
+            kl += _divergence(raw, new)
+            meter.advance(len(x))
         if not self.n or not targets:
             raise FastSAEError("expected text of a few tokens at least, got too little to predict anything")
-        return nats / targets
+        return nats / targets, spliced / targets, kl / targets
 
     def cross_entropy(self, batches: list[ContextBatch], function: Callable[[Tensor], Tensor], meter: Meter) -> float:
         """Nats per token while function ([N, D] → [N, D]) replaces the activations at the scored places."""
         nats, targets = 0.0, 0
         for batch in batches:
-
-            def splice(x: Tensor, batch: ContextBatch = batch) -> Tensor:
-                place = self._places(batch).to(x.device)
-                new = x.clone()
-                new[place] = function(x[place]).to(x)
-                return new
-
-            with replace_output(self.model, self.hook, splice):
-                loss, n = self._forward(batch)
-            nats, targets = nats + loss, targets + n
+            wanted = self._targets(batch)
+            nats, targets = nats + _nats(self._replaced(batch, function), wanted), targets + len(wanted)
             meter.advance(int(batch.keep.sum()))
         return nats / targets
+
+    def _replaced(self, batch: ContextBatch, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """_logits while function replaces the activations at the scored places."""
+
+        def splice(x: Tensor) -> Tensor:
+            place = self._places(batch).to(x.device)
+            new = x.clone()
+            new[place] = function(x[place]).to(x)
+            return new
+
+        with replace_output(self.model, self.hook, splice):
+            return self._logits(batch)
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """x̂ [N, D], on the way counting what fires and what is lost."""
@@ -208,11 +223,13 @@ class _Evaluation:
             on = code.values > 0
             self.fired.index_add_(0, code.indices.flatten().long(), on.flatten().long())
             self.active += int(on.sum())
+            self.l1 += float(code.values.double().sum())
         except TooDenseError:  # a poor dictionary still deserves its figures
             dense = sae.encode(rows)
             x_hat = sae.decode(dense)
             self.fired += (dense > 0).sum(0)
             self.active += int((dense > 0).sum())
+            self.l1 += float(dense.double().sum())
         self.error += float((x_hat.float() - rows).double().square().sum())
         return x_hat
 
@@ -233,16 +250,17 @@ class _Evaluation:
             raise DataError(f"activations at {self.hook} must be finite, got NaN or infinity: run the model in float32")
         return rows
 
-    def _forward(self, batch: ContextBatch) -> tuple[float, int]:
-        """(Σ nats, how many) over the text tokens of a batch that have a token before them."""
+    def _logits(self, batch: ContextBatch) -> Tensor:
+        """[M, V] float32: what the model says of each text token of a batch that has a token before it."""
         logits = self.model(batch.token_ids.to(self.device))
         logits = getattr(logits, "logits", logits)[:, :-1]  # [B, T - 1, V]
-        wanted = batch.keep[:, 1:].to(self.device)
-        targets = batch.token_ids[:, 1:].to(self.device)[wanted]
-        loss = torch.nn.functional.cross_entropy(logits[wanted].float(), targets, reduction="sum")
-        return float(loss), len(targets)
+        return logits[batch.keep[:, 1:].to(self.device)].float()
 
-    def result(self, raw: float, spliced: float, zero: float, average: float) -> EvalResult:
+    def _targets(self, batch: ContextBatch) -> Tensor:
+        """[M]: those tokens."""
+        return batch.token_ids[:, 1:][batch.keep[:, 1:]].to(self.device)
+
+    def result(self, raw: float, spliced: float, kl: float, zero: float, average: float) -> EvalResult:
         density = self.fired.cpu().double() / self.n
         spread = self.squares - self.n * float(self.mean.square().sum())
         counts, edges = density_histogram(density, self.n)
@@ -250,7 +268,9 @@ class _Evaluation:
             tokens=self.n,
             mse=self.error / self.n,
             fve=1 - self.error / spread if spread > 0 else math.nan,
+            nmse=self.error / self.squares if self.squares > 0 else math.nan,
             l0=self.active / self.n,
+            l1=self.l1 / self.n,
             dead=float((density == 0).double().mean()),
             ce_raw=raw,
             ce_spliced=spliced,
@@ -258,10 +278,25 @@ class _Evaluation:
             ce_mean=average,
             recovered_zero=_recovered(raw, spliced, zero),
             recovered_mean=_recovered(raw, spliced, average),
+            kl=kl,
             histogram=counts,
             histogram_edges=edges,
             density=density.float(),
         )
+
+
+def _nats(logits: Tensor, targets: Tensor) -> float:
+    """Σ over M tokens of −log p(target), logits [M, V]."""
+    return float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
+
+
+def _divergence(logits: Tensor, other: Tensor) -> float:
+    """Σ over M tokens of KL(p ‖ q) = Σ_v p_v (log p_v − log q_v), of logits [M, V] each."""
+    total = 0.0
+    for rows in torch.arange(len(logits)).split(512):  # several [512, V] at once, not several [M, V]
+        p, q = (part[rows.to(part.device)].log_softmax(-1) for part in (logits, other))
+        total += float((p.exp() * (p - q)).sum(dtype=torch.float64))
+    return total
 
 
 def density_histogram(density: Tensor, tokens: int) -> tuple[list[int], list[float]]:

@@ -47,10 +47,13 @@ def features_and_neurons(categories: list[dict], path: Path) -> None:
     figure.savefig(path)
 
 
-def density(histogram: list[int], edges: list[float], path: Path) -> None:
-    """How many features fire how often."""
+def density(histogram: list[int], edges: list[float], path: Path, *, ultra_low: list[int] | None = None) -> None:
+    """How many features fire how often. ultra_low: those of the ultra-low cluster, of the same bins, drawn apart."""
     figure, axes = _figure(2.6)
-    axes.stairs(histogram, edges, fill=True, color=INSIDE, alpha=0.85)
+    axes.stairs(histogram, edges, fill=True, color=INSIDE, alpha=0.85, label="all features")
+    if ultra_low is not None and any(ultra_low):
+        axes.stairs(ultra_low, edges, fill=True, color=LINE, alpha=0.85, label="the ultra-low cluster")
+        axes.legend(**ABOVE)
     axes.set_xlabel("log₁₀ of the share of tokens on which a feature fires")
     axes.set_ylabel("features")
     figure.savefig(path)
@@ -118,3 +121,76 @@ def logits(weights: dict, name: str, path: Path) -> None:
     axes.set_ylabel("vocabulary (log)")
     axes.legend(**ABOVE)
     figure.savefig(path)
+
+
+def best_matches(series: dict[str, Any], path: Path, label: str = "Pearson's r with the best match") -> None:
+    """Distributions of likeness in another run, by name: "features", "neurons", "shuffled model", each values [·].
+
+    As shares of their number, for there are more features than neurons; NaN is left out; a line marks the median.
+    """
+    import numpy as np
+
+    figure, axes = _figure(2.8)
+    edges = np.linspace(-0.2, 1.0, 49)
+    for (name, values), color in zip(series.items(), (INSIDE, OUTSIDE, LINE, "#0072b2"), strict=False):
+        values = np.asarray(values, dtype=float)
+        values = values[np.isfinite(values)]
+        if not len(values):
+            continue
+        shares = np.histogram(values.clip(edges[0], edges[-1]), edges)[0] / len(values)
+        axes.stairs(shares, edges, color=color, lw=2, label=f"{name}, median {np.median(values):.2f}")
+        axes.axvline(np.median(values), color=color, lw=1, ls=":")
+    axes.set_xlabel(label)
+    axes.set_ylabel("share")
+    axes.set_ylim(bottom=0)
+    axes.legend(**{**ABOVE, "ncols": 2})
+    figure.savefig(path)
+
+
+def feature_map(
+    points: Any, values: Any, label: str, path: Path, *, layers: Any = None, clusters: Any = None, log: bool = False
+) -> None:
+    """Features in the plane, points [M, 2] coloured by values [M] (density, or a proxy's score), with a colour bar.
+
+    layers: [M], which dictionary each is of: those of wider ones are drawn smaller, and a legend tells them apart where
+    there are several. clusters: [M], −1 for none: the ten largest carry their number. log: colours on a logarithmic
+    scale; values must then be > 0.
+    """
+    import numpy as np
+    from matplotlib.colors import LogNorm
+
+    points, values = np.asarray(points, dtype=float), np.asarray(values, dtype=float)
+    layers = np.zeros(len(points), dtype=int) if layers is None else np.asarray(layers)
+    figure, axes = _figure(5.2)
+    low, high = float(values.min()), float(values.max())
+    norm = LogNorm(low, max(high, low * 1.01)) if log else None
+    limits = {"norm": norm} if log else {"vmin": low, "vmax": high if high > low else low + 1}
+    drawn = None
+    for layer in np.unique(layers):  # the many small points of the wide dictionaries on top
+        here = layers == layer
+        order = np.argsort(values[here])  # the strongest on top
+        drawn = axes.scatter(
+            *points[here][order].T, c=values[here][order], s=min(60.0, max(3.0, 5000 / here.sum())), cmap="viridis",
+            alpha=0.8, linewidths=0.4, edgecolors="white", label=f"{here.sum()} features", **limits,
+        )  # fmt: skip
+    if clusters is not None:
+        _number_clusters(axes, points, np.asarray(clusters))
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set_visible(False)
+    if drawn is not None:
+        figure.colorbar(drawn, ax=axes, label=label, shrink=0.8)
+    if len(np.unique(layers)) > 1:
+        axes.legend(**{**ABOVE, "ncols": 4})
+    figure.savefig(path)
+
+
+def _number_clusters(axes: Any, points: Any, clusters: Any, count: int = 10) -> None:
+    """The numbers of the largest clusters, at the medians of their points."""
+    import numpy as np
+
+    sizes = np.bincount(clusters[clusters >= 0]) if (clusters >= 0).any() else np.zeros(0)
+    for number in np.argsort(-sizes)[:count]:
+        x, y = np.median(points[clusters == number], axis=0)
+        box = {"boxstyle": "round,pad=0.15", "fc": "white", "ec": LINE, "lw": 0.5, "alpha": 0.8}
+        axes.annotate(str(number), (x, y), ha="center", va="center", fontsize=8, color=LINE, bbox=box)

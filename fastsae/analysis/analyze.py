@@ -4,26 +4,40 @@ Features and neurons are chosen on one half of the documents and scored on the o
 2023, "Towards Monosemanticity". Axes: n tokens, F features, D neurons, P categories.
 """
 
+from __future__ import annotations
+
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastsae.analysis import effects, goals
-from fastsae.analysis.collect import Collected, collect, feature_pearson
-from fastsae.analysis.labels import readable
+from fastsae.analysis import goals
+from fastsae.analysis.cards import Cards
+from fastsae.analysis.evidence import contexts_map, evidence_of, live_features
+from fastsae.analysis.explain import ExplainConfig, explain_features
+from fastsae.analysis.gaps import GapCounter, Gaps
+from fastsae.analysis.held_out import HeldOut
+from fastsae.analysis.logit_map import LogitMap
+from fastsae.analysis.neurons import neuron_basis
+from fastsae.analysis.passes import take_survey
 from fastsae.analysis.proxies import DEFAULT, Proxy, proxies
-from fastsae.analysis.universality import Matcher
-from fastsae.contexts import context_batches
+from fastsae.analysis.splitting import Split, SplitConfig, Splitting
+from fastsae.analysis.stream import Read, Source
+from fastsae.analysis.study import Effects, Known, Study, chosen_features
+from fastsae.analysis.survey import Survey, SurveyConfig
+from fastsae.analysis.text import Text
+from fastsae.analysis.universality import Match, MatchConfig, Matching, shuffled
+from fastsae.codes import SparseCode
 from fastsae.errors import FastSAEError
 from fastsae.files import write_json
 from fastsae.sae import SAE
 
-PREFIXES = ("", "\n", "1, 2, 3, 4, 5, 6, 7, 8, 9, 10,")  # neutral: nothing, a new line, and the paper's count to ten
+_LOGIT_CONTEXTS = 8  # over which logit weights are averaged: the final norm differs little between tokens
 
 
 @dataclass(frozen=True)
@@ -31,7 +45,7 @@ class AnalyzeConfig:
     """What to look for, and how long to look."""
 
     categories: tuple[str, ...] = DEFAULT
-    """Scripts by their Unicode name, base64, DNA."""
+    """Scripts by their Unicode name, base64, DNA, hex, regex:…, tokens:…"""
     features: tuple[int, ...] = ()
     """Features to show besides the best one of every category, each beside the category it follows best."""
     tokens: int | None = None
@@ -46,8 +60,11 @@ class AnalyzeConfig:
     """Tokens of a sampled continuation."""
     samples: int = 8
     """Continuations sampled from each neutral prefix."""
-    universality_features: int = 200
-    """Features, drawn at random, over which the median match in the other run is taken."""
+    control_tokens: int = 150_000
+    """About how many tokens, spread over the text, are read for what features are compared with: neurons, random
+    directions, a dictionary of a shuffled model; and for what a feature misses."""
+    explain_features: int = 48
+    """Features, drawn at random, that the offline explainer explains, and as many of each control; 0: none."""
     seed: int = 0
     """Seeds the samples and the features drawn."""
 
@@ -62,10 +79,12 @@ class AnalyzeConfig:
             "contexts_per_effect",
             "sample_tokens",
             "samples",
-            "universality_features",
+            "control_tokens",
         ):
             if getattr(self, name) < 1:
                 raise FastSAEError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.explain_features < 0:
+            raise FastSAEError(f"explain_features must be at least 0, got {self.explain_features}")
 
 
 def analyze(
@@ -78,14 +97,19 @@ def analyze(
     config: AnalyzeConfig | None = None,
     *,
     other: tuple[SAE, Any] | None = None,
+    control: tuple[SAE, Any] | None = None,
+    widths: Sequence[SAE] = (),
     quality: dict | None = None,
     show_progress: bool = True,
 ) -> dict:
-    """Writes out/report.html, out/results.json and PNG figures; returns the results.
+    """Writes out/report.html, out/results.json, out/survey.npz and PNG figures; returns the results.
 
     documents: text that neither model nor SAE was trained on (strings, or objects with a `text`). other: (SAE, model)
-    of another run with the same tokenizer; its best matches are reported. quality: figures of training and evaluation
-    to show beside. Categories that do not occur in both halves of the text are left out.
+    of another run with the same tokenizer, in which every feature is looked for. control: (SAE, model) of a model with
+    shuffled weights (universality.shuffled) and a dictionary trained on it; without one, other's dictionary reads a
+    shuffled copy of its model. widths: narrower and wider dictionaries of the same model and hook, to see features
+    split. quality: figures of training and evaluation to show beside. Categories that do not occur in both halves of
+    the text are left out.
     """
     from fastsae import figures, report
 
@@ -93,305 +117,221 @@ def analyze(
     config = config or AnalyzeConfig()
     if bad := [n for n in config.features if not 0 <= n < sae.cfg.d_sae]:
         raise FastSAEError(f"features must be numbers from 0 to {sae.cfg.d_sae - 1}, got {bad[0]}")
-    options = {"categories": config.categories, "context": config.context, "batch_size": config.batch_size}
-    data = collect(
-        sae,
-        model,
-        tokenizer,
-        documents,
-        hook,
-        other=other,
-        max_tokens=config.tokens,
-        show_progress=show_progress,
-        **options,
-    )
-    study = _Study(sae, model, tokenizer, documents, hook, config, data, other)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    run = _Run(Source(sae, model, hook), tokenizer, documents, config, show_progress)
+    first = run.first(other, control, widths)
+    cards = Cards(first.survey)
+    chosen = chosen_features(cards)
+    second = run.second(control, chosen)
+    controls = {name: Cards(survey) for name, survey in second.surveys.items() if name != "features"}
+    known = Known(
+        run.source, tokenizer, cards, controls, run.held_out, run.logits(), neuron_basis(sae.W_dec, k=5),
+        first.match, second.gaps, run.text.bytes_of,
+    )  # fmt: skip
+    how = Effects(config.batch_size, config.sample_tokens, config.samples, config.seed)
+    study = Study(known, how)
     results = {
         "hook": hook,
         "d_in": sae.cfg.d_in,
         "d_sae": sae.cfg.d_sae,
-        "tokens": data.n,
-        "documents": len(data.texts),
+        "tokens": cards.tokens(),
+        "documents": len(documents),
         "quality": quality or {},
-        "categories": study.categories(),
-        "features": [study.feature(number) for number in config.features],
-        "universality": study.universality(),
+        "categories": [study.row(p, feature) for p, feature in chosen.items()],
+        "features": [study.row(study.closest_category(f), f) for f in config.features],
+        "universality": _universality(first.match),
+        "splitting": _splitting(first.split, sae.cfg.d_sae, chosen, cards.survey.proxies),
+        "explain": run.explain(second.surveys) if config.explain_features else None,
     }
     results["goals"] = goals.table(results)
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    first.survey.save(out / "survey.npz")
+    if first.split is not None:
+        first.split.save(out / "split.json")
+    if first.match is not None:
+        first.match.save(out / "match.json")
     write_json(out / "results.json", json.loads(json.dumps(results, default=float)))
     report.write(results, out)
     return results
 
 
-class _Study:
+class _First(NamedTuple):
+    survey: Survey
+    match: Match | None
+    split: Split | None
+
+
+class _Second(NamedTuple):
+    surveys: dict[str, Survey]
+    gaps: dict[int, Gaps]
+
+
+class _Run:
+    """The passes over the text. All of it once for the dictionary and those it is compared with feature by feature; a
+    part of it once more, when the best features are known, for controls, of which neurons are dense and take time."""
+
     def __init__(
-        self,
-        sae: SAE,
-        model: Any,
-        tokenizer: Any,
-        documents: Sequence[Any],
-        hook: str,
-        config: AnalyzeConfig,
-        data: Collected,
-        other: tuple[SAE, Any] | None,
+        self, source: Source, tokenizer: Any, documents: Sequence[Any], config: AnalyzeConfig, show_progress: bool
     ) -> None:
-        self.sae, self.model, self.tokenizer, self.documents, self.hook = sae, model, tokenizer, documents, hook
-        self.config, self.data, self.other = config, data, other
-        self.pearson = [feature_pearson(data.codes, data.binary, data.half == half) for half in (False, True)]
-        self.clipped = feature_pearson(data.codes, data.clipped, data.half)
-        self.generator = torch.Generator().manual_seed(config.seed)
-        self._contexts = self._read_contexts()
-        self._matcher = Matcher(data.other, data.n) if data.other is not None else None
-
-    def _read_contexts(self) -> tuple[Tensor, Tensor]:
-        """All full contexts of the scoring half, [B, T] token ids and their tokens' rows in `data` (−1: none)."""
-        data, rows, ids = self.data, [], []
-        row = 0
-        for batch in context_batches(
-            self.tokenizer, self.documents, self.config.context, self.config.batch_size, "cut"
-        ):
-            place = torch.full(batch.token_ids.shape, -1)
-            count = int(batch.keep.sum())
-            place[batch.keep] = torch.arange(row, row + count)
-            row += count
-            if row > data.n:
-                break
-            if batch.token_ids.shape[1] == self.config.context:
-                whole = (batch.keep[:, 1:].all(1)) & data.half[place[:, -1].clamp(min=0)]
-                ids.append(batch.token_ids[whole])
-                rows.append(place[whole])
-        if not ids:
-            return torch.zeros(0, self.config.context, dtype=torch.int64), torch.zeros(
-                0, self.config.context, dtype=torch.int64
-            )
-        return torch.cat(ids), torch.cat(rows)
-
-    def categories(self) -> list[dict]:
-        found = []
-        for p, proxy in enumerate(self.data.proxies):
-            inside = self.data.binary[:, p]
-            if min(int(inside[self.data.half].sum()), int(inside[~self.data.half].sum())) >= 20:
-                found.append(self._category(p, proxy))
-        return found
-
-    def feature(self, number: int) -> dict:
-        """The row of any feature, beside the category that it follows best on the half where features are chosen."""
-        p = int(self.pearson[0][number].nan_to_num(-1.0).argmax())
-        return self._category(p, self.data.proxies[p], number)
-
-    def _category(self, p: int, proxy: Proxy, feature: int | None = None) -> dict:
-        """The row of a category's best feature, or of the one given."""
-        data = self.data
-        inside, scored = data.binary[:, p], data.half
-        if feature is None:
-            feature = int(self.pearson[0][:, p].argmax())
-        neuron = int(data.neuron_pearson[0, :, p].argmax())
-        r, neuron_r = float(self.pearson[1][feature, p]), float(data.neuron_pearson[1, neuron, p])
-        tokens, values = data.codes.of(feature)
-        highest = float(values.max()) if len(values) else 0.0
-        held = scored[tokens]
-        active, hit = values[held], inside[tokens[held]]
-        upper = active > highest / 2
-        base_rate = float(inside[scored].float().mean())
-        specificity, specificity_upper = _share(hit), _share(hit[upper])
-        result = {
-            "name": proxy.name,
-            "base_rate": base_rate,
-            "feature": feature,
-            "pearson": r,
-            "pearson_clipped": float(self.clipped[feature, p]),
-            "neuron": neuron,
-            "neuron_pearson": neuron_r,
-            "advantage": r - neuron_r,
-            "density": len(values) / data.n,
-            "max": highest,
-            "specificity": specificity,
-            "specificity_upper": specificity_upper,
-            "lift": specificity / max(base_rate, 1e-12),
-            "lift_upper": specificity_upper / max(base_rate, 1e-12),
-            "recall": float(hit.sum()) / max(1, int(inside[scored].sum())),
-            "bins": _bins(active, hit, highest),
-            "neurons": self._neurons(feature),
-            "contexts": self._top_contexts(feature),
-            "match": self._match(feature),
-            "ablation": None,
-            "pinning": None,
-            "logits": None,
-        }
-        if highest > 0 and len(self._contexts[0]):
-            result["ablation"] = self._ablation(feature, inside)
-            result["pinning"] = self._pinning(feature, neuron, highest, p)
-            result["logits"] = self._logits(feature, highest, p)
-        return result
-
-    def _members(self, p: int) -> Tensor:
-        """How much of each vocabulary entry belongs to the category: the share of its occurrences, [V]."""
-        ids, size = self.data.token_ids, len(self.data.pieces)
-        seen = torch.bincount(ids, minlength=size)
-        return torch.bincount(ids, weights=self.data.binary[:, p].float(), minlength=size) / seen.clamp(min=1)
-
-    def _neurons(self, feature: int) -> list[list[float]]:
-        d = self.sae.W_dec[feature].detach().float()
-        d = d / d.norm().clamp(min=1e-12)
-        order = d.abs().topk(min(5, len(d))).indices.tolist()
-        return [[n, float(d[n])] for n in order]
-
-    def _top_contexts(self, feature: int, count: int = 20, around: int = 12) -> list[dict]:
-        tokens, values = self.data.codes.of(feature)
-        shown, seen = [], set()
-        on = dict(zip(tokens.tolist(), values.tolist(), strict=True)) if len(tokens) < 2_000_000 else {}
-        for i in values.argsort(descending=True).tolist():
-            at = int(tokens[i])
-            document = int(self.data.documents[at])
-            if (document, at // (2 * around)) in seen:  # not five times the same sentence
-                continue
-            seen.add((document, at // (2 * around)))
-            lo, hi = max(0, at - around), min(self.data.n, at + around + 1)
-            rows = [row for row in range(lo, hi) if int(self.data.documents[row]) == document]
-            parts = [self.data.pieces[int(self.data.token_ids[row])] for row in rows]
-            shown.append(
-                {"tokens": readable(parts), "activations": [on.get(row, 0.0) for row in rows], "at": rows.index(at)}
-            )
-            if len(shown) == count:
-                break
-        return shown
-
-    def _ablation(self, feature: int, inside: Tensor) -> dict | None:
-        """ΔNLL in nats per token when the feature is set to 0 over whole contexts; None if none has the category.
-
-        inside: on tokens of the category; beside: on the others of the contexts that hold such tokens; outside: on
-        contexts that hold none; top: after the 20 strongest activations.
-        """
-        ids, rows = self._contexts
-        marked = inside[rows[:, 1:].clamp(min=0)] & (rows[:, 1:] >= 0)  # [B, T − 1]: is the predicted token a member
-        with_it, without = marked.any(1).nonzero().flatten(), (~marked.any(1)).nonzero().flatten()
-        if not len(with_it):
-            return None
-        limit = self.config.contexts_per_effect
-        chosen = torch.cat(
-            [part[torch.randperm(len(part), generator=self.generator)[:limit]] for part in (with_it, without)]
+        self.source, self.tokenizer, self.documents, self.config = source, tokenizer, documents, config
+        self.show = show_progress
+        chosen: list[Proxy] = proxies(config.categories)
+        self.text = Text(tokenizer, documents, chosen)
+        self.held_out = HeldOut(
+            self.text, tokenizer, config.context, config.contexts_per_effect, config.tokens, config.seed
         )
-        edit = effects.set_feature(self.sae, feature, 0.0)
-        change, strength = [], []
-        for part in chosen.split(self.config.batch_size):
-            raw = effects.token_losses(self.model, self.hook, ids[part])
-            change.append((effects.token_losses(self.model, self.hook, ids[part], edit) - raw).cpu())
-            strength.append(self._activation_at(feature, rows[part][:, :-1]))
-        delta, member = torch.cat(change), marked[chosen]
-        near = torch.arange(len(chosen))[:, None].expand_as(member) < min(limit, len(with_it))
-        top = torch.cat(strength).flatten().topk(min(20, delta.numel())).indices
+        self.how = SurveyConfig(
+            categories=config.categories, tokens=config.tokens, context=config.context,
+            batch_size=config.batch_size, seed=config.seed,
+        )  # fmt: skip
+
+    def first(
+        self, other: tuple[SAE, Any] | None, control: tuple[SAE, Any] | None, widths: Sequence[SAE]
+    ) -> _First:
+        sae, model, hook = self.source
+        beside: list[Source] = []
+        matching = splitting = None
+        if other is not None:
+            second = Source(other[0], other[1], hook)
+            third = Source(*(control or (other[0], shuffled(other[1], self.config.seed))), hook)
+            matching = Matching(
+                self.source, second, third, self.text.half.tolist(), MatchConfig(context=self.config.context)
+            )
+            beside += [second, third]
+        compared = len(beside)
+        layers = sorted([sae, *widths], key=lambda one: one.cfg.d_sae)
+        if widths:
+            splitting = Splitting([one.cfg.d_sae for one in layers], SplitConfig())
+            beside += [Source(one, model, hook) for one in widths]
+
+        def watch(some: Read) -> None:
+            if matching is not None:
+                kept = slice(0, 1 + compared)
+                matching.add(some._replace(xs=some.xs[kept], codes=some.codes[kept]))
+            if splitting is not None:
+                codes = dict(zip(map(id, [sae, *widths]), (some.codes[0], *some.codes[1 + compared :]), strict=True))
+                splitting.add([codes[id(one)] for one in layers])
+
+        (survey,) = take_survey(
+            self.source, self.tokenizer, self.documents, self.how, beside=beside, watch=watch, text=self.text,
+            show_progress=self.show,
+        )  # fmt: skip
+        return _First(
+            survey, None if matching is None else matching.result(), None if splitting is None else splitting.result()
+        )
+
+    def second(self, control: tuple[SAE, Any] | None, chosen: dict[int, int]) -> _Second:
+        sae, model, hook = self.source
+        limit = min(len(self.text), self.config.tokens or len(self.text))
+        sources = {"features": self.source, "neurons": Source(neurons_as_features(sae), model, hook)}
+        sources["random directions"] = Source(random_features(sae, self.config.seed), model, hook)
+        misplaced: Any = Misplaced(sae, self.config.seed)
+        sources["misplaced features"] = Source(misplaced, model, hook)
+        if control is not None:
+            sources["shuffled model"] = Source(*control, hook)
+        counters = {p: GapCounter(f, sae.cfg.d_sae, seed=self.config.seed) for p, f in chosen.items()}
+
+        def watch(some: Read) -> None:
+            documents = some.documents.numpy()
+            where = self.text.first[documents] + some.positions.numpy()
+            inside = (self.text.scores(documents, where) > 0) & self.text.half[documents][:, None]
+            for p, counter in counters.items():
+                counter.add(some, torch.from_numpy(inside[:, p]))
+
+        # Bookkeeping of neurons costs their density: none of the weakest examples, no pairs. Small batches: also a kind
+        # of text that stands in few documents comes up then.
+        how = replace(self.how, bottom=0, cofiring_up_to=0, batch_size=4)
+        surveys = take_survey(
+            list(sources.values()), self.tokenizer, self.documents, how, watch=watch, text=self.text,
+            world=max(1, math.ceil(limit / self.config.control_tokens)), show_progress=self.show,
+        )  # fmt: skip
+        found = {p: counter.result() for p, counter in counters.items() if counter.tokens}
+        return _Second(dict(zip(sources, surveys, strict=True)), found)
+
+    def logits(self) -> LogitMap | None:
+        """None for a model without an unembedding."""
+        ids = self.held_out.ids[:_LOGIT_CONTEXTS]
+        return contexts_map(self.source, ids, self.tokenizer.bos_token_id is not None) if len(ids) else None
+
+    def explain(self, surveys: dict[str, Survey]) -> dict:
+        """Scores of the offline explainer on features and controls, from the same tokens, and what it said."""
+        groups = {
+            name: evidence_of(Cards(survey), live_features(survey, self.config.explain_features, self.config.seed))
+            for name, survey in surveys.items()
+        }
+        settings = ExplainConfig(seed=self.config.seed)
+        found = explain_features(groups, self.text.bytes_of, settings, show_progress=self.show)
+        said = sorted(found["results"]["features"], key=lambda one: -(one.spearman or 0))
         return {
-            "inside": float(delta[member].mean()),
-            "beside": _mean(delta[near & ~member]),
-            "outside": _mean(delta[~near]),
-            "top": float(delta.flatten()[top].mean()),
-            "tokens_inside": int(member.sum()),
-            "tokens_beside": int((near & ~member).sum()),
-            "tokens_outside": int((~near).sum()),
-        }
-
-    def _activation_at(self, feature: int, rows: Tensor) -> Tensor:
-        """The feature's activation at rows of the data, −1 meaning none: the shape of rows."""
-        tokens, values = self.data.codes.of(feature)
-        dense = torch.zeros(self.data.n + 1)
-        dense[tokens] = values
-        return dense[rows]
-
-    def _pinning(self, feature: int, neuron: int, highest: float, p: int) -> dict:
-        """Share of probability on the category while sampling from neutral prefixes, untouched and pinned."""
-        config, members = self.config, self._members(p).float()
-        neuron_max = float(self.data.neuron_max[neuron])
-        edits = {
-            "unpinned": None,
-            "pinned": effects.set_feature(self.sae, feature, highest),
-            "neuron": effects.set_neuron(neuron, neuron_max),
-        }
-        result: dict[str, Any] = {"value": highest, "neuron_value": neuron_max, "prefix": list(PREFIXES), "samples": {}}
-        start = self.tokenizer.bos_token_id
-        for name, edit in edits.items():
-            shares, texts = [], []
-            for number, prefix in enumerate(PREFIXES):
-                ids = self.tokenizer(prefix, add_special_tokens=False)["input_ids"] if prefix else []
-                begin = torch.tensor([*([start] if start is not None else []), *ids], dtype=torch.int64)
-                if not len(begin):  # nothing to begin with: no prefix, and no begin-of-text token in the vocabulary
-                    continue
-                share, sampled = effects.sample(
-                    self.model, self.hook, begin, edit, tokens=config.sample_tokens, count=config.samples,
-                    members=members, seed=config.seed + number,
-                )  # fmt: skip
-                shares.append(share)
-                texts.append("".join(readable([self.data.pieces[i] for i in sampled[0].tolist()])))
-            result[name] = sum(shares) / len(shares)
-            result["samples"][name] = texts
-        return result
-
-    def _logits(self, feature: int, highest: float, p: int) -> dict:
-        ids = self._contexts[0]
-        some = ids[torch.randperm(len(ids), generator=self.generator)[:16]]
-        weights = effects.logit_weights(self.model, self.hook, self.sae, feature, some, step=highest / 4)
-        weights = weights[: len(self.data.pieces)]
-        member = self._members(p) > 0.5
-        edges = torch.linspace(float(weights.min()), float(weights.max()), 41)
-        counts = [torch.histogram(part, edges).hist.int().tolist() for part in (weights[member], weights[~member])]
-        order = weights.argsort(descending=True)
-
-        def named(indices: Tensor) -> list[list]:
-            return [[readable([self.data.pieces[i]])[0], float(weights[i])] for i in indices.tolist()]
-
-        return {
-            "top": named(order[:10]),
-            "bottom": named(order[-10:].flip(0)),
-            "edges": edges.tolist(),
-            "inside": counts[0],
-            "outside": counts[1],
-        }
-
-    def _match(self, feature: int) -> dict | None:
-        if self.other is None or self._matcher is None:
-            return None
-        r = self._matcher.pearson(*self.data.codes.of(feature))
-        best = int(r.argmax())
-        result = {"feature": best, "pearson": float(r[best]), "logit_pearson": None}
-        ids = self._contexts[0]
-        if len(ids):
-            some = ids[:16]
-            weights = [
-                effects.logit_weights(model, self.hook, sae, f, some, step=1.0)
-                for sae, model, f in ((self.sae, self.model, feature), (*self.other, best))
-            ]
-            result["logit_pearson"] = float(torch.corrcoef(torch.stack(weights))[0, 1])
-        return result
-
-    def universality(self) -> dict | None:
-        """Medians of the best match in the other run: over features drawn at random, and over all neurons."""
-        data = self.data
-        if self._matcher is None or data.other_neuron_pearson is None:
-            return None
-        alive = (data.codes.offsets.diff() > 10).nonzero().flatten()
-        drawn = alive[torch.randperm(len(alive), generator=self.generator)[: self.config.universality_features]]
-        best = [self._matcher.pearson(*data.codes.of(int(f))).max() for f in drawn] or [torch.zeros(())]
-        return {
-            "features": float(torch.stack(best).median()),
-            "neurons": float(data.other_neuron_pearson.amax(1).median()),
-            "count": len(drawn),
+            "summary": {name: {k: asdict(s) for k, s in row.items()} for name, row in found["summary"].items()},
+            "features": [[one.feature, one.explanation, one.spearman, one.detection] for one in said],
         }
 
 
-def _mean(values: Tensor) -> float | None:
-    return float(values.mean()) if values.numel() else None
+@torch.no_grad()
+def neurons_as_features(sae: SAE) -> SAE:
+    """A dictionary whose features are the neurons (what is positive of them), in the neurons' own units."""
+    D = sae.cfg.d_in
+    name: Any = str(sae.dtype).removeprefix("torch.")
+    made = SAE(d_in=D, d_sae=D, activation="relu", max_l0=D, decoder_norm="free", dtype=name, device=sae.device)
+    made.encoder.weight.copy_(torch.eye(D))
+    made.W_dec.copy_(torch.eye(D))
+    return made.eval()
 
 
-def _share(hits: Tensor) -> float:
-    return float(hits.float().mean()) if len(hits) else 0.0
+@torch.no_grad()
+def random_features(sae: SAE, seed: int = 0) -> SAE:
+    """A dictionary as wide and as sparse as this one whose directions are random: features that mean nothing."""
+    name: Any = str(sae.dtype).removeprefix("torch.")
+    k = min(sae.cfg.k, sae.cfg.d_sae) if sae.cfg.activation in ("topk", "batchtopk") else min(16, sae.cfg.d_sae)
+    made = SAE(d_in=sae.cfg.d_in, d_sae=sae.cfg.d_sae, k=k, seed=seed + 1, dtype=name, device=sae.device)
+    made.b_dec.copy_(sae.b_dec)
+    made.input_mean.copy_(sae.input_mean)
+    made.input_scale.copy_(sae.input_scale)
+    return made.eval()
 
 
-def _bins(active: Tensor, hit: Tensor, highest: float, count: int = 11) -> dict:
-    edges = torch.linspace(0.0, max(highest, 1e-6), count + 1)
-    number = torch.bucketize(active, edges[1:-1])
+class Misplaced(nn.Module):
+    """A dictionary whose features fire as often and as strongly, on tokens drawn at random: what chance explains."""
+
+    def __init__(self, sae: SAE, seed: int) -> None:
+        super().__init__()
+        self._sae, self.cfg = sae, sae.cfg
+        self._generator = torch.Generator().manual_seed(seed)
+
+    @property
+    def device(self) -> torch.device:
+        return self._sae.device
+
+    def encode_sparse(self, x: Tensor) -> SparseCode:
+        order = torch.randperm(len(x), generator=self._generator).to(x.device)
+        return self._sae.encode_sparse(x[order])
+
+
+def _universality(match: Match | None) -> dict | None:
+    """Medians over live features, over neurons, and of the control."""
+    if match is None:
+        return None
+    found = match.medians()
     return {
-        "edges": edges.tolist(),
-        "inside": torch.bincount(number[hit], minlength=count).tolist(),
-        "outside": torch.bincount(number[~hit], minlength=count).tolist(),
-    }
+        "features": found["pearson"], "held_out": found["held_out"], "one_to_one": found["assigned_pearson"],
+        "neurons": found["neurons"], "neurons_held_out": found["neurons_held_out"], "control": found["control"],
+        "control_held_out": found["control_held_out"], "logits": found["logit_pearson"],
+        "count": int(match.live.sum()),
+    }  # fmt: skip
+
+
+def _splitting(split: Split | None, d_sae: int, chosen: dict[int, int], names: Sequence[str]) -> dict | None:
+    """The steps between widths, and what becomes of the categories' features: their parents and children."""
+    if split is None:
+        return None
+    layer = split.widths.index(d_sae)
+    rows = []
+    for p, feature in chosen.items():
+        rows.append({
+            "name": names[p],
+            "feature": feature,
+            "parents": split.parents(layer, feature) if layer > 0 else [],
+            "children": split.children(layer, feature) if layer + 1 < len(split.widths) else [],
+        })  # fmt: skip
+    return {"widths": list(split.widths), "steps": split.summary(), "categories": rows}

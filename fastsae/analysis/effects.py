@@ -1,16 +1,19 @@
-"""What a feature does to the model's output: logit weights, ablation, pinning. On any causal LM and any hook.
+"""Edits of a feature, and what they do to the model's output. On any causal LM and any hook.
 
-Axes: B contexts, T tokens, D width of the hooked output, V vocabulary.
+For one feature at a time; all features' logit weights are in `logit_map`, many ablations in `ablation`, gradients in
+`attribution`, texts in `steering`. Axes: B contexts, T tokens, D width of the hooked output, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from fastsae.analysis.collect import sparse_code
+from fastsae.analysis.stream import encoded
+from fastsae.errors import FastSAEError
 from fastsae.hooks import replace
 from fastsae.sae import SAE
 
@@ -22,17 +25,67 @@ def direction(sae: SAE, feature: int) -> Tensor:
     return (sae.W_dec[feature] / sae.input_scale).detach()
 
 
-def feature_values(sae: SAE, x: Tensor, feature: int) -> Tensor:
-    """The feature's activation at x [B, T, D]: [B, T]."""
-    code = sparse_code(sae, x)
-    value = torch.where((code.indices == feature) & code.valid(), code.values, torch.zeros_like(code.values)).sum(-1)
-    return value.reshape(x.shape[:-1])
+Mode = Literal["add", "pin", "ablate"]
+
+
+@dataclass(frozen=True)
+class FeatureEdit:
+    """What to do to a feature at every token; value in units of its activation.
+
+    pin: set it to value. add: add value to it, wherever it stands. ablate: set it to 0; takes no value.
+    Raises FastSAEError for another mode, or a value that is not a finite number.
+    """
+
+    feature: int
+    value: float = 0.0
+    mode: Mode = "pin"
+
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(Mode):
+            raise FastSAEError(f"mode must be one of {', '.join(get_args(Mode))}, got {self.mode!r}")
+        if not abs(self.value) < float("inf"):
+            raise FastSAEError(f"the value of feature {self.feature} must be a finite number, got {self.value}")
+        if self.mode == "ablate" and self.value:
+            raise FastSAEError(f"mode ablate sets to 0, got the value {self.value}: leave it out, or use pin")
+
+
+def feature_values(sae: SAE, x: Tensor, features: int | Sequence[int]) -> Tensor:
+    """Activations at x [B, T, D]: [B, T] of one feature, [B, T, M] of M."""
+    code = encoded(sae, x, "the hooked output")
+    one = isinstance(features, int)
+    wanted = torch.as_tensor([features] if one else list(features), device=code.device)
+    values = torch.where(code.valid(), code.values, torch.zeros_like(code.values))
+    found = torch.stack([torch.where(code.indices == f, values, torch.zeros_like(values)).sum(-1) for f in wanted], -1)
+    return found[:, 0].reshape(x.shape[:-1]) if one else found.reshape(*x.shape[:-1], len(wanted))
+
+
+def set_features(sae: SAE, edits: Sequence[FeatureEdit]) -> Edit:
+    """Several edits at once: x + Σ_pinned (value − f) d + Σ_added value · d, all f read from the unedited x.
+
+    What the dictionary leaves unexplained of x stays as it is. Raises FastSAEError for a feature that the dictionary
+    does not have, or one that is edited twice.
+    """
+    features = [edit.feature for edit in edits]
+    if not edits or len(set(features)) < len(features):
+        raise FastSAEError(f"expected edits of one feature each, no feature twice, got features {features}")
+    if bad := [f for f in features if not 0 <= f < sae.cfg.d_sae]:
+        raise FastSAEError(f"features must be numbers from 0 to {sae.cfg.d_sae - 1}, got {bad[0]}")
+    d = (sae.W_dec[features] / sae.input_scale).detach()  # [M, D]
+    to = torch.tensor([edit.value for edit in edits], device=d.device, dtype=d.dtype)
+    fixed = torch.tensor([edit.mode != "add" for edit in edits], device=d.device)
+
+    def apply(x: Tensor) -> Tensor:
+        change = to.expand(*x.shape[:-1], len(to))
+        if bool(fixed.any()):
+            change = change - feature_values(sae, x, features) * fixed
+        return x + (change.to(d.dtype) @ d).to(x.dtype)
+
+    return apply
 
 
 def set_feature(sae: SAE, feature: int, to: float) -> Edit:
-    """The edit that sets the feature to a value at every token: x + (to − f) d. `to` = 0 ablates it."""
-    d = direction(sae, feature)
-    return lambda x: x + ((to - feature_values(sae, x, feature))[..., None] * d).to(x.dtype)
+    """The edit that sets one feature to a value at every token: x + (to − f) d. `to` = 0 ablates it."""
+    return set_features(sae, [FeatureEdit(feature, to)])
 
 
 def set_neuron(neuron: int, to: float) -> Edit:

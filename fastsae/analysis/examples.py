@@ -45,6 +45,8 @@ class Evidence:
     from each of m equal intervals of (0, maximum], weakest interval first. random: windows drawn without regard to the
     feature, on most of which it is silent. elsewhere: windows with the tokens on which it is strongest, drawn without
     regard to whether it is on there. top_logits, bottom_logits: tokens that it makes likelier and unlikelier.
+    interval_counts: [m], how many tokens of that half have an activation in each interval; empty if not counted.
+    tokens: how many tokens that half has; 0 if not counted.
     """
 
     feature: int
@@ -55,3 +57,5 @@ class Evidence:
     elsewhere: list[Example] = field(default_factory=list)
     top_logits: list[str] = field(default_factory=list)
     bottom_logits: list[str] = field(default_factory=list)
+    interval_counts: list[int] = field(default_factory=list)
+    tokens: int = 0

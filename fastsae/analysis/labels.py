@@ -9,6 +9,7 @@ Axes: N tokens, V vocabulary, B bytes of text, C characters.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -63,6 +64,17 @@ class TokenBytes:
     def lengths(self) -> np.ndarray:
         """[V] bytes in each entry."""
         return np.diff(self.offsets)
+
+    @cached_property
+    def entries(self) -> tuple[dict[bytes, list[int]], dict[bytes, list[int]]]:
+        """Bytes → the entries that are they; and the same for entries without the white space around them."""
+        exact: dict[bytes, list[int]] = {}
+        stripped: dict[bytes, list[int]] = {}
+        for number in range(len(self)):
+            piece = self[number]
+            exact.setdefault(piece, []).append(number)
+            stripped.setdefault(piece.strip(), []).append(number)
+        return exact, stripped
 
     def __getitem__(self, token_id: int) -> bytes:
         return self.data[self.offsets[token_id] : self.offsets[token_id + 1]].tobytes()
@@ -161,6 +173,29 @@ class Spelling:
         high = np.maximum.reduceat(np.where(neutral, np.int16(-32768), kinds), self.starts[some])
         result[some] = np.where(low == high, low, NO_SCRIPT)
         return result
+
+    def within(self, marked: np.ndarray) -> np.ndarray:
+        """[N] bool: tokens all of whose characters are marked, bool [C], or neutral, and that have a marked one."""
+        neutral = script_ids(self.points) == NEUTRAL
+        return self.all_bytes((marked | neutral)[self.character]) & self.any_byte(marked[self.character])
+
+    def largest(self, values: np.ndarray) -> np.ndarray:
+        """[N]: the largest value, [C], of a token's characters; −∞ for a token without any."""
+        result = np.full(len(self), -np.inf)
+        some = np.flatnonzero(np.diff(self.starts))
+        if len(some):
+            result[some] = np.maximum.reduceat(values[self.character], self.starts[some])
+        return result
+
+    def texts(self) -> Iterator[tuple[str, int]]:
+        """(text, number of its first character) of every run of tokens of one document; one character a code point."""
+        if not len(self.points):
+            return
+        first_byte = np.flatnonzero(np.diff(self.character, prepend=-1))  # [C]
+        document = self.documents[np.repeat(np.arange(len(self)), np.diff(self.starts))[first_byte]]
+        edges = [0, *(np.flatnonzero(np.diff(document)) + 1).tolist(), len(document)]
+        for first, last in zip(edges, edges[1:], strict=False):
+            yield self.points[first:last].astype("<u4").tobytes().decode("utf-32-le"), first
 
     def characters_of(self, first: int, last: int) -> list[tuple[str, int, int]]:
         """Tokens first … last − 1 in groups that begin and end at a character's edge: (text, first, last) each.

@@ -8,46 +8,55 @@ A proxy is anything with a `name` and `score(spelling) → [N]`. Axes: N tokens.
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
 from fastsae.analysis.labels import Spelling
+from fastsae.analysis.membership import ELSEWHERE, Membership, Proxy, TokenCounts
+from fastsae.analysis.patterns import Function, PatternError, Regex, TokenSet, compiled
 from fastsae.analysis.scripts import NUMBER
 from fastsae.errors import FastSAEError
 
-_ELSEWHERE = 1e-10  # P(hypothesis | s) where some character of s is of another script (Bricken et al. 2023)
-
-
-class Proxy(Protocol):
-    """A hypothesis about tokens."""
-
-    @property
-    def name(self) -> str: ...
-
-    def score(self, spelling: Spelling) -> np.ndarray:
-        """[N] float32, nats: > 0 where the token belongs to the category."""
-        ...
+__all__ = [
+    "BASE64", "DEFAULT", "DNA", "HEX", "Charset", "Either", "Function", "Proxy", "Regex", "Script", "TokenCounts",
+    "TokenSet", "proxies", "score_all",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Script:
-    """All characters of the token are in the script's blocks.
+class Script(Membership):
+    """All characters of the token are in the script's blocks (`scripts.SCRIPTS`, the paper's for Arabic).
 
-    P(hypothesis | s) is 1 there and 1e-10 elsewhere, so log P(s | h) / P(s) = log P(h | s) / P(h) takes two values
-    only, P(h) being the script's share of the tokens.
+    A script that is not in that table goes by Unicode's own property: characters whose Script_Extensions hold it.
+    Spaces around are neutral. Raises PatternError for a name that Unicode does not have.
     """
 
     name: str
 
-    def score(self, spelling: Spelling) -> np.ndarray:
-        """See Proxy."""
-        inside = spelling.scripts == NUMBER[self.name]
-        prior = (inside.sum() + 1) / (len(inside) + 2)
-        return np.where(inside, -np.log(prior), np.log(_ELSEWHERE / prior)).astype(np.float32)
+    def __post_init__(self) -> None:
+        if self.name not in NUMBER:
+            self._pattern()
+
+    def _pattern(self):
+        try:
+            if re.fullmatch(r"[A-Za-z][A-Za-z _'-]*", self.name):  # nothing that could close the braces around it
+                return compiled(rf"\p{{Script_Extensions={self.name}}}")
+        except PatternError:
+            pass
+        raise PatternError(f"expected a script of Unicode, got {self.name!r}; a few: {', '.join(list(NUMBER)[:8])}")
+
+    def members(self, spelling: Spelling) -> np.ndarray:
+        """See Membership."""
+        if self.name in NUMBER:
+            return spelling.scripts == NUMBER[self.name]
+        matches = self._pattern().match
+        points, back = np.unique(spelling.points, return_inverse=True)
+        inside = np.array([matches(chr(point)) is not None for point in points.tolist()], dtype=bool)
+        return spelling.within(inside[back])
 
 
 @dataclass(frozen=True)
@@ -55,7 +64,7 @@ class Charset:
     """The token ends a run of characters that were drawn evenly from an alphabet.
 
     log P(s | h) / P(s) = Σ over the tokens of s (−characters · log |alphabet| − log p(token)), p being unigram
-    probabilities in the text at hand; −∞ once a token has any other character.
+    probabilities in the whole text; −∞ once a token has any other character.
 
     classes: parts of the alphabet that s must all have a character of. Unigrams make every rare name of a program
     look drawn at random; a name rarely has capitals, small letters and digits together, a run of base64 hardly ever
@@ -68,11 +77,11 @@ class Charset:
     min_tokens: int = 2
     max_tokens: int = 16
 
-    def score(self, spelling: Spelling) -> np.ndarray:
+    def score(self, spelling: Spelling, counts: TokenCounts | None = None) -> np.ndarray:
         """See Proxy."""
         legal = spelling.all_bytes(_members(self.alphabet)[spelling.data])
-        counts = np.bincount(spelling.token_ids, minlength=len(spelling.bytes_of))
-        log_p = np.log((counts + 1) / (len(spelling) + len(counts)))[spelling.token_ids]
+        counts = TokenCounts.of([], spelling) if counts is None else counts
+        log_p = counts.log_p()[spelling.token_ids]
         gain = np.where(legal, -np.diff(spelling.starts) * np.log(len(self.alphabet)) - log_p, -np.inf)
         has = [spelling.any_byte(_members(part)[spelling.data]) for part in self.classes]
         best = np.full(len(gain), -np.inf)
@@ -88,7 +97,87 @@ class Charset:
             if length >= self.min_tokens:
                 complete = np.logical_and.reduce(seen) if seen else True
                 best = np.maximum(best, np.where(complete, total, -np.inf))
-        return np.maximum(best, np.log(_ELSEWHERE)).astype(np.float32)
+        return np.maximum(best, np.log(ELSEWHERE)).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Either:
+    """The token fits one of several hypotheses, each as likely: log Σ_i P(s | h_i) / P(s) by its largest term."""
+
+    name: str
+    parts: tuple[Charset, ...]
+
+    def score(self, spelling: Spelling, counts: TokenCounts | None = None) -> np.ndarray:
+        """See Proxy."""
+        best = np.maximum.reduce([part.score(spelling, counts) for part in self.parts])
+        return np.maximum(best - np.log(len(self.parts)), np.log(ELSEWHERE)).astype(np.float32)
+
+
+_CLASSES = (string.ascii_uppercase, string.ascii_lowercase, string.digits + "+/")
+BASE64 = Charset("base64", "".join(_CLASSES), _CLASSES, min_tokens=4, max_tokens=24)
+DNA = Charset("DNA", "ACGT")
+HEX = Either(
+    "hex",  # in small letters or in capitals, hardly ever in both
+    tuple(
+        Charset("hex", string.digits + letters, (string.digits, letters), min_tokens=4, max_tokens=24)
+        for letters in ("abcdef", "ABCDEF")
+    ),
+)
+DEFAULT = ("Arabic", "Hebrew", "Cyrillic", "Greek", "Han", "Kana", "Hangul", "Devanagari", "Thai", "base64", "DNA")
+_NAMED: dict[str, Proxy] = {proxy.name.lower(): proxy for proxy in (BASE64, DNA, HEX)}
+_SCRIPTS = {name.lower(): name for name in NUMBER}
+
+
+def proxies(names: Iterable[str | Proxy] = DEFAULT) -> list[Proxy]:
+    """The proxies of those names; Proxy objects pass through.
+
+    A name is a script ("Arabic"; any of Unicode's), "base64", "DNA", "hex", "regex:PATTERN", "tokens:the,of" (strings)
+    or "ids:5,17". The last three may be given a name: "years=regex:[12]\\d{3}". Capitals do not matter.
+    Raises FastSAEError for a name that is none of these, or one that comes twice.
+    """
+    result = [_named(name) if isinstance(name, str) else name for name in names]
+    seen = [proxy.name for proxy in result]
+    if len(set(seen)) < len(seen):
+        raise FastSAEError(f"each proxy may be given once, got {', '.join(seen)}")
+    return result
+
+
+def _named(text: str) -> Proxy:
+    made = re.fullmatch(r"(?:([^=:]+)=)?(regex|tokens|ids):(.*)", text, re.DOTALL)
+    if made is not None:
+        name, kind, rest = made[1] or text, made[2], made[3]
+        if not rest:
+            raise FastSAEError(f"expected something after {kind}:, got {text!r}; for example {_EXAMPLES[kind]}")
+        if kind == "regex":
+            return Regex(name, rest)
+        entries = rest.split(",")
+        if kind == "tokens":
+            return TokenSet(name, entries)
+        if not all(entry.strip().isdecimal() for entry in entries):
+            raise FastSAEError(f"ids: takes numbers with commas between, got {rest!r}; for strings write tokens:{rest}")
+        return TokenSet(name, [int(entry) for entry in entries])
+    if text.lower() in _NAMED:
+        return _NAMED[text.lower()]
+    if text.lower() in _SCRIPTS:
+        return Script(_SCRIPTS[text.lower()])
+    try:
+        return Script(text)
+    except PatternError:
+        pass
+    known = ", ".join(["base64", "DNA", *NUMBER, "hex"])
+    raise FastSAEError(
+        f"proxies are scripts, base64, DNA, hex, regex:…, tokens:… or ids:…, got {text!r}; choose from {known}"
+    )
+
+
+_EXAMPLES = {"regex": r"regex:\d+", "tokens": "tokens:the,of", "ids": "ids:5,17"}
+
+
+def score_all(chosen: Sequence[Proxy], spelling: Spelling, counts: TokenCounts | None = None) -> np.ndarray:
+    """[P, N] float32: the value of each proxy at each token. counts: see Proxy."""
+    if not chosen:
+        return np.zeros((0, len(spelling)), np.float32)
+    return np.stack([proxy.score(spelling, counts) for proxy in chosen])
 
 
 def _members(alphabet: str) -> np.ndarray:
@@ -96,37 +185,3 @@ def _members(alphabet: str) -> np.ndarray:
     table = np.zeros(256, dtype=bool)
     table[list(alphabet.encode("ascii"))] = True
     return table
-
-
-_CLASSES = (string.ascii_uppercase, string.ascii_lowercase, string.digits + "+/")
-BASE64 = Charset("base64", "".join(_CLASSES), _CLASSES, min_tokens=4, max_tokens=24)
-DNA = Charset("DNA", "ACGT")
-DEFAULT = ("Arabic", "Hebrew", "Cyrillic", "Greek", "Han", "Kana", "Hangul", "Devanagari", "Thai", "base64", "DNA")
-
-
-def proxies(names: Iterable[str | Proxy] = DEFAULT) -> list[Proxy]:
-    """The proxies of those names: any script of `scripts.SCRIPTS`, "base64", "DNA"; Proxy objects pass through.
-
-    Raises FastSAEError for a name that is none of these, or one that comes twice.
-    """
-    charsets = {charset.name: charset for charset in (BASE64, DNA)}
-    result: list[Proxy] = []
-    for name in names:
-        if not isinstance(name, str):
-            result.append(name)
-        elif name in charsets:
-            result.append(charsets[name])
-        elif name in NUMBER:
-            result.append(Script(name))
-        else:
-            known = ", ".join([*charsets, *NUMBER])
-            raise FastSAEError(f"proxies are scripts, base64 or DNA, got {name!r}; choose from {known}")
-    seen = [proxy.name for proxy in result]
-    if len(set(seen)) < len(seen):
-        raise FastSAEError(f"each proxy may be given once, got {', '.join(seen)}")
-    return result
-
-
-def score_all(chosen: Sequence[Proxy], spelling: Spelling) -> np.ndarray:
-    """[P, N] float32: the value of each proxy at each token."""
-    return np.stack([proxy.score(spelling) for proxy in chosen]) if chosen else np.zeros((0, len(spelling)), np.float32)

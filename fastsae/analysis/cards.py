@@ -1,0 +1,279 @@
+"""What a survey says of one feature, or of all, in the form in which people read it.
+
+    cards = Cards(survey)
+    cards.top(7), cards.intervals(7), cards.histogram(7), cards.overlap(7, "Arabic", half=1), cards.evidence(7, half=0)
+
+half: 0 where features are chosen, 1 where they are scored, None for all text. Axes: F features, D neurons, P proxies.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastsae.analysis import neurons, specificity
+from fastsae.analysis.examples import Evidence, Example
+from fastsae.analysis.histogram import NOTHING
+from fastsae.analysis.kept import Kept
+from fastsae.analysis.specificity import Moments, Overlap
+from fastsae.analysis.survey import BINS, Survey
+from fastsae.errors import FastSAEError
+
+Half = int | None
+
+
+class Partner(NamedTuple):
+    """A feature that fires together with another. count: tokens on which both do. jaccard: of those on which one does.
+    lift: how many times as many as if they did not know of each other."""
+
+    feature: int
+    count: int
+    jaccard: float
+    lift: float
+
+
+class Cards:
+    """Reads a survey. Raises FastSAEError for features and proxies that it does not have."""
+
+    def __init__(self, survey: Survey) -> None:
+        self.survey = survey
+        for table in (survey.top, survey.bottom, survey.sampled):
+            table.trim()
+
+    # --- of all features --------------------------------------------------------------------------------------------
+
+    def tokens(self, half: Half = None) -> int:
+        """How many were read."""
+        return int(self._sum("tokens", half))
+
+    def density(self, half: Half = None) -> np.ndarray:
+        """Share of the tokens on which each feature fires: [F]."""
+        return self._sum("fires", half) / max(self.tokens(half), 1)
+
+    def maximum(self, half: Half = None) -> np.ndarray:
+        """Largest activation of each feature: [F]."""
+        return self.survey.maximum.max(0) if half is None else self.survey.maximum[half]
+
+    def mean_active(self, half: Half = None) -> np.ndarray:
+        """Mean activation of each feature where it fires, 0 where it never does: [F]."""
+        return self._sum("f", half) / np.maximum(self._sum("fires", half), 1)
+
+    def pearson(self, half: Half = None, clipped: bool = False) -> np.ndarray:
+        """r of every feature with every proxy as yes or no, or with max(proxy, 0): [F, P]."""
+        p, pp, fp = self._proxy_sums(half, clipped, "f")
+        f, ff = self._sum("f", half)[:, None], self._sum("ff", half)[:, None]
+        return specificity.pearson(max(self.tokens(half), 1), f, ff, p, pp, fp)
+
+    def neuron_pearson(self, half: Half = None, clipped: bool = False) -> np.ndarray:
+        """The same of every neuron: [D, P]."""
+        p, pp, xp = self._proxy_sums(half, clipped, "x")
+        x, xx = self._sum("x", half)[:, None], self._sum("xx", half)[:, None]
+        return specificity.pearson(max(self.tokens(half), 1), x, xx, p, pp, xp)
+
+    def closest_neurons(self, k: int = 3) -> neurons.ClosestNeurons | None:
+        """The neurons whose activations follow each feature's best; None where the survey left that out."""
+        fx = self.survey.sums["fx"]
+        if not fx.size:
+            return None
+        total = {name: self._sum(name, None) for name in ("f", "ff", "x", "xx")}
+        return neurons.closest_neurons(
+            max(self.tokens(), 1), total["f"], total["ff"], total["x"], total["xx"], fx, k
+        )
+
+    def base_rate(self, half: Half = None) -> np.ndarray:
+        """Each category's share of the tokens: [P]."""
+        return self._sum("p", half) / max(self.tokens(half), 1)
+
+    # --- of one feature ---------------------------------------------------------------------------------------------
+
+    def histogram(self, feature: int, half: Half = None) -> tuple[np.ndarray, np.ndarray]:
+        """(edges [B + 1], active tokens [B]): exact counts of edges[b] < activation ≤ edges[b + 1], up to the maximum.
+        Empty for a feature that never fired."""
+        self._check(feature)
+        edges = self._edges(feature)
+        return edges, self._sum("histogram", half)[feature, : len(edges) - 1]
+
+    def overlap(self, feature: int, category: str | int, half: Half = None) -> Overlap:
+        """The feature's histogram with what of it is inside the category: for `specificity` and its kin."""
+        self._check(feature)
+        p = self._proxy(category)
+        edges = self._edges(feature)
+        B = len(edges) - 1
+
+        def binned(name: str) -> np.ndarray:
+            array = self.survey.sums[name][p] if name.startswith("inside") else self.survey.sums[name]
+            return (array.sum(0) if half is None else array[half])[feature, :B].astype(np.float64)
+
+        return Overlap(
+            edges, binned("histogram"), binned("inside"), binned("weight"), binned("inside_weight"),
+            max(self.tokens(half), 1), int(self._sum("p", half)[p]),
+        )  # fmt: skip
+
+    def moments(self, feature: int, category: str | int, half: Half = None, clipped: bool = False) -> Moments:
+        """Sums of the feature and the proxy as yes or no, or as max(proxy, 0)."""
+        self._check(feature)
+        q = self._proxy(category)
+        p, pp, fp = self._proxy_sums(half, clipped, "f")
+        f, ff = self._sum("f", half)[feature], self._sum("ff", half)[feature]
+        return Moments(max(self.tokens(half), 1), f, ff, p[q], pp[q], fp[feature, q])
+
+    def top(self, feature: int, n: int = 20, half: Half = None) -> list[Example]:
+        """The strongest examples, strongest first, no two from the same few words."""
+        return self._best(self.survey.top, feature, n, half)
+
+    def bottom(self, feature: int, n: int = 20, half: Half = None) -> list[Example]:
+        """The weakest examples, weakest first."""
+        return self._best(self.survey.bottom, feature, n, half)
+
+    def intervals(self, feature: int, m: int = 11, n: int = 5, half: Half = None) -> list[list[Example]]:
+        """Up to n examples from each of m equal intervals of (0, maximum], weakest interval first, drawn at random.
+
+        They come from samples of sixteenths of the feature's range, which is at most twice its maximum: where an
+        interval holds a part of a sixteenth only, that part may be thinner in the sample than it is in the text.
+        """
+        self._check(feature)
+        highest = float(self.maximum(half)[feature])
+        found: list[list[Example]] = [[] for _ in range(m)]
+        table = self.survey.sampled
+        rows = self._rows(table, feature, half)
+        rows = rows[(table.value[rows] > 0) & (table.value[rows] <= highest)]
+        place = np.clip(np.ceil(table.value[rows] / max(highest, 1e-30) * m).astype(int) - 1, 0, m - 1)
+        for row, i in sorted(zip(rows.tolist(), place.tolist(), strict=True), key=lambda pair: table.key[pair[0]]):
+            if len(found[i]) < n:
+                found[i].append(self._example(table.where[row], table.window[row], table.ids[row]))
+        return found
+
+    def random(self, feature: int, n: int = 20, half: Half = None, silent: bool = False) -> list[Example]:
+        """Windows drawn without regard to the feature; silent: only those on which it is off throughout."""
+        self._check(feature)
+        windows = self.survey.random
+        where = windows.numbers(None if half is None else bool(half))
+        active, ids = windows.of(feature, where)
+        rows = np.arange(len(where))
+        if silent:
+            rows = rows[~(np.nan_to_num(active) > 0).any(1)] if len(rows) else rows
+        return [self._example(where[i], active[i], ids[i]) for i in rows[:n]]
+
+    def elsewhere(self, feature: int, n: int = 10, half: Half = None, tokens: int = 5) -> list[Example]:
+        """Random windows that hold one of the tokens on which the feature is strongest, whether it is on there or not;
+        those most often on top first, in turns."""
+        self._check(feature)
+        centre = self.survey.config.around
+        rows = self._rows(self.survey.top, feature, half)
+        ids, counts = np.unique(self.survey.top.ids[rows, centre], return_counts=True)
+        wanted = ids[np.argsort(-counts, kind="stable")][:tokens].tolist()
+        windows = self.survey.random
+        where = windows.numbers(None if half is None else bool(half))
+        active, window_ids = windows.of(feature, where)
+        turns: list[list[Example]] = [[] for _ in wanted]
+        for i, token in enumerate(wanted):
+            for row, at in zip(*np.nonzero(window_ids == token), strict=True):
+                if len(turns[i]) < n:
+                    example = self._example(where[row], active[row], window_ids[row])
+                    turns[i].append(_recentred(example, int(at) - centre))
+        mixed = [turn[i] for i in range(n) for turn in turns if i < len(turn)]
+        return mixed[:n]
+
+    def evidence(
+        self, feature: int, half: Half = None, *, intervals: int = 12, per_interval: int = 8, random: int = 60,
+        top_logits: list[str] | None = None, bottom_logits: list[str] | None = None,
+    ) -> Evidence:  # fmt: skip
+        """What an explainer may see of the feature (half 0), or is asked about (half 1)."""
+        highest = float(self.maximum(half)[feature])
+        return Evidence(
+            feature=feature,
+            maximum=highest,
+            top=self.top(feature, self.survey.config.top, half),
+            intervals=self.intervals(feature, intervals, per_interval, half),
+            random=self.random(feature, random, half),
+            elsewhere=self.elsewhere(feature, 20, half),
+            top_logits=top_logits or [],
+            bottom_logits=bottom_logits or [],
+            interval_counts=self._interval_counts(feature, intervals, highest, half),
+            tokens=self.tokens(half),
+        )
+
+    def cofiring(self, feature: int, n: int = 10) -> list[Partner] | None:
+        """The features that most often fire when this one does, by Jaccard; None where pairs were not counted."""
+        self._check(feature)
+        together = self.survey.sums["together"]
+        if not together.size:
+            return None
+        fires = self._sum("fires", None)
+        both = together[feature].copy()
+        both[feature] = 0
+        jaccard = both / np.maximum(fires + fires[feature] - both, 1)
+        order = np.argsort(-jaccard, kind="stable")[:n]
+        expected = fires * fires[feature] / max(self.tokens(), 1)
+        return [
+            Partner(int(g), int(both[g]), float(jaccard[g]), float(both[g] / expected[g])) for g in order if both[g]
+        ]
+
+    # --- within -----------------------------------------------------------------------------------------------------
+
+    def _check(self, feature: int) -> None:
+        if not 0 <= feature < self.survey.d_sae:
+            raise FastSAEError(f"features must be numbers from 0 to {self.survey.d_sae - 1}, got {feature}")
+
+    def _proxy(self, category: str | int) -> int:
+        if isinstance(category, int):
+            return category
+        if category not in self.survey.proxies:
+            known = ", ".join(self.survey.proxies) or "none"
+            raise FastSAEError(f"the survey has no proxy {category!r}; it has {known}")
+        return self.survey.proxies.index(category)
+
+    def _sum(self, name: str, half: Half) -> np.ndarray:
+        array = self.survey.sums[name]
+        return array.sum(0) if half is None else array[half]
+
+    def _proxy_sums(self, half: Half, clipped: bool, of: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Σp, Σp² [P] and Σf·p [F, P], or of neurons [D, P]."""
+        if clipped:
+            return self._sum("c", half), self._sum("cc", half), self._sum(of + "c", half)
+        return self._sum("p", half), self._sum("p", half), self._sum(of + "p", half)
+
+    def _edges(self, feature: int) -> np.ndarray:
+        """Of the histogram's bins, up to the one with the maximum: [B + 1]."""
+        exponent = int(self.survey.ranges.exponent[feature])
+        if exponent == NOTHING:
+            return np.zeros(1)
+        width = float(np.ldexp(1.0, exponent)) / BINS
+        count = min(BINS, max(1, int(np.ceil(float(self.maximum()[feature]) / width))))
+        return np.arange(count + 1) * width
+
+    def _interval_counts(self, feature: int, m: int, highest: float, half: Half) -> list[int]:
+        """Active tokens in m equal intervals of (0, highest], from the bins; one that lies across an edge is split."""
+        edges, counts = self.histogram(feature, half)
+        if not highest or len(edges) < 2:
+            return [0] * m
+        below = np.interp(np.linspace(0, highest, m + 1), edges, np.concatenate([[0], np.cumsum(counts)]))
+        below[-1] = counts.sum()
+        return np.diff(np.round(below)).astype(int).tolist()
+
+    def _rows(self, table: Kept, feature: int, half: Half) -> np.ndarray:
+        rows = table.of(feature)
+        return rows if half is None else rows[table.half[rows] == bool(half)]
+
+    def _best(self, table: Kept, feature: int, n: int, half: Half) -> list[Example]:
+        self._check(feature)
+        rows = self._rows(table, feature, half)
+        rows = rows[np.lexsort((table.where[rows], table.key[rows]))][:n]
+        return [self._example(table.where[row], table.window[row], table.ids[row]) for row in rows]
+
+    def _example(self, where: Any, window: np.ndarray, ids: np.ndarray) -> Example:
+        there = np.flatnonzero(ids >= 0)
+        low, high = int(there[0]), int(there[-1]) + 1
+        document = int(np.searchsorted(self.survey.first, where, side="right")) - 1
+        return Example(
+            ids[low:high].astype(np.int64), window[low:high].astype(np.float32), self.survey.config.around - low,
+            document, int(where - self.survey.first[document]),
+        )  # fmt: skip
+
+
+def _recentred(example: Example, by: int) -> Example:
+    """The same window, seen from the token `by` places on."""
+    return Example(
+        example.token_ids, example.activations, example.at + by, example.document, example.position + by
+    )

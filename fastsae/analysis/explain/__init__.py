@@ -1,0 +1,25 @@
+"""Automated interpretability: explain features from examples, and score the explanations on text they have not seen."""
+
+from fastsae.analysis.explain.compare import Summary, compare
+from fastsae.analysis.explain.config import ExplainConfig, explainer_of
+from fastsae.analysis.explain.explainers import Accounting, Explainer, Explanation, OfflineExplainer
+from fastsae.analysis.explain.pattern import Pattern
+from fastsae.analysis.explain.run import ExplainResult, explain, explain_features
+from fastsae.analysis.explain.search import SearchConfig, find_pattern
+
+__all__ = [
+    "Accounting",
+    "ExplainConfig",
+    "ExplainResult",
+    "Explainer",
+    "Explanation",
+    "OfflineExplainer",
+    "Pattern",
+    "SearchConfig",
+    "Summary",
+    "compare",
+    "explain",
+    "explain_features",
+    "explainer_of",
+    "find_pattern",
+]

@@ -1,0 +1,321 @@
+"""Features that split as the dictionary grows: a layered graph over dictionaries of one model, and a map of them.
+
+Axes: n tokens, L dictionaries ("layers", narrowest first), F features of one of them, E edges, M points of the map.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastsae.analysis.cross import FeatureSums, add_products, cosine, entries, row_blocks
+from fastsae.analysis.stream import Source, read, watched
+from fastsae.codes import SparseCode
+from fastsae.errors import FastSAEError, MissingDependencyError
+from fastsae.files import write_json
+from fastsae.harvest import check_options
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """When two features of neighbouring dictionaries belong together. Raises FastSAEError for values out of range."""
+
+    tokens: int | None = None
+    """Held-out tokens to read; default: all."""
+    context: int = 128
+    """Tokens in a context, the begin-of-text token included."""
+    batch_size: int = 32
+    """Contexts in a forward pass."""
+    threshold: float = 0.4
+    """An edge needs a cosine of activations above this (the paper's value)."""
+    min_fires: int = 10
+    """Features that are active on fewer tokens than this have no edges."""
+    memory: float = 2.0
+    """GiB that the sums of products may take: 8 bytes for each pair of features of neighbouring dictionaries."""
+
+    def __post_init__(self) -> None:
+        if self.tokens is not None and self.tokens < 1:
+            raise FastSAEError(f"tokens must be at least 1, got {self.tokens}; leave it out to read all")
+        for name, least in (("context", 2), ("batch_size", 1), ("min_fires", 1)):
+            if getattr(self, name) < least:
+                raise FastSAEError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not 0 < self.threshold < 1:
+            raise FastSAEError(f"threshold must be between 0 and 1, got {self.threshold}")
+        if not self.memory > 0:
+            raise FastSAEError(f"memory must be more than 0 GiB, got {self.memory}")
+
+
+class Edges(NamedTuple):
+    """Between one dictionary and the next wider one. parents, children: [E] int64, by parent and then by falling
+    cosine; cosines: [E] float32."""
+
+    parents: Tensor
+    children: Tensor
+    cosines: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """The layered graph. density: of each of the L dictionaries, the share of tokens on which each feature fires [F].
+    edges: L − 1 of them, edges[l] from dictionary l to l + 1."""
+
+    tokens: int
+    threshold: float
+    density: tuple[Tensor, ...]
+    edges: tuple[Edges, ...]
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return tuple(len(part) for part in self.density)
+
+    def children(self, layer: int, feature: int) -> list[tuple[int, float]]:
+        """(feature of the next dictionary, cosine), closest first; none in the last dictionary."""
+        self._check(layer, feature)
+        if layer + 1 == len(self.density):
+            return []
+        edges = self.edges[layer]
+        at = (edges.parents == feature).nonzero().flatten()
+        return list(zip(edges.children[at].tolist(), edges.cosines[at].tolist(), strict=True))
+
+    def parents(self, layer: int, feature: int) -> list[tuple[int, float]]:
+        """(feature of the dictionary before, cosine), closest first; none in the first dictionary."""
+        self._check(layer, feature)
+        if layer == 0:
+            return []
+        edges = self.edges[layer - 1]
+        at = (edges.children == feature).nonzero().flatten()
+        found = zip(edges.parents[at].tolist(), edges.cosines[at].tolist(), strict=True)
+        return sorted(found, key=lambda pair: -pair[1])
+
+    def descendants(self, layer: int, feature: int) -> dict[int, list[int]]:
+        """By dictionary, the features that can be reached from one along edges, ascending; itself in its own."""
+        self._check(layer, feature)
+        reached = torch.tensor([feature])
+        found = {layer: [feature]}
+        for l in range(layer, len(self.edges)):
+            edges = self.edges[l]
+            reached = edges.children[torch.isin(edges.parents, reached)].unique()
+            found[l + 1] = reached.tolist()
+        return found
+
+    def _check(self, layer: int, feature: int) -> None:
+        if not 0 <= layer < len(self.density):
+            raise FastSAEError(f"layer must be from 0 to {len(self.density) - 1}, got {layer}")
+        if not 0 <= feature < self.widths[layer]:
+            raise FastSAEError(f"features of layer {layer} are 0 to {self.widths[layer] - 1}, got {feature}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON: widths, densities, edges as lists of [parent, child, cosine], and how features split."""
+        return {
+            "tokens": self.tokens,
+            "threshold": self.threshold,
+            "widths": list(self.widths),
+            "density": [part.tolist() for part in self.density],
+            "edges": [
+                [[p, c, round(r, 4)] for p, c, r in zip(*(column.tolist() for column in edges), strict=True)]
+                for edges in self.edges
+            ],
+            "summary": self.summary(),
+        }
+
+    def summary(self) -> list[dict[str, float]]:
+        """Of each step from one dictionary to the next: edges, parents with a child, and the mean and largest number
+        of children of those."""
+        rows = []
+        for edges, size in zip(self.edges, self.widths, strict=False):
+            counts = torch.bincount(edges.parents, minlength=size)
+            have = counts[counts > 0].double()
+            mean, most = (float(have.mean()), float(have.max())) if len(have) else (0.0, 0.0)
+            rows.append({"edges": len(edges.parents), "parents": len(have), "mean_children": mean, "most": most})
+        return rows
+
+    def steps(self) -> list[tuple[int, int, dict[str, float]]]:
+        """(width, next width, row of `summary`) of each step from one dictionary to the next."""
+        return list(zip(self.widths, self.widths[1:], self.summary(), strict=False))
+
+    def save(self, path: str | Path) -> None:
+        """Writes to_dict() as JSON."""
+        write_json(Path(path), self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Split:
+        """What save wrote, cosines to 4 places. Raises FastSAEError for another file."""
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            edges = (torch.tensor(part, dtype=torch.float64).reshape(-1, 3) for part in values["edges"])
+            return cls(
+                values["tokens"],
+                values["threshold"],
+                tuple(torch.tensor(part, dtype=torch.float64) for part in values["density"]),
+                tuple(Edges(rows[:, 0].long(), rows[:, 1].long(), rows[:, 2].float()) for rows in edges),
+            )
+        except (OSError, ValueError, KeyError, TypeError):
+            raise FastSAEError(f"expected a file that `fastsae split` wrote, got {path}: run split again") from None
+
+
+def split(
+    sources: Sequence[Source],
+    tokenizer: Any,
+    documents: Sequence[Any],
+    config: SplitConfig | None = None,
+    *,
+    show_progress: bool = True,
+    **options: Any,
+) -> Split:
+    """Joins features of dictionaries of growing width on one module of one model, in one pass over the documents.
+
+    An edge stands where the cosine of the activations, over the tokens on which one of both features fires, is above
+    the threshold (Bricken et al. 2023). That is Σ f g / √(Σ f² · Σ g²) with sums over *all* tokens: where neither
+    fires, f and g are 0 and add nothing.
+
+    Raises FastSAEError: what `read` raises; fewer than two dictionaries, of different modules, or not from the
+    narrowest to the widest; products that need more than config.memory.
+    """
+    config = replace(config or SplitConfig(), **check_options(SplitConfig, options))
+    if len(sources) < 2:
+        raise FastSAEError(f"expected at least two dictionaries, got {len(sources)}")
+    if any(source.model is not sources[0].model or source.hook != sources[0].hook for source in sources):
+        raise FastSAEError("expected dictionaries of one module of one model, got several: compare those with match")
+    splitting = Splitting([source.sae.cfg.d_sae for source in sources], config, sources[0].sae.device)
+    stream = read(
+        sources, tokenizer, documents, context=config.context, batch_size=config.batch_size, max_tokens=config.tokens
+    )
+    for some in watched(stream, "split", documents, config.tokens, show_progress):
+        splitting.add(some.codes)
+    return splitting.result()
+
+
+class Splitting:
+    """The sums of one graph: `add` the codes of the same tokens by every dictionary, then `result`."""
+
+    def __init__(self, widths: Sequence[int], config: SplitConfig, device: torch.device | str = "cpu") -> None:
+        if list(widths) != sorted(widths):
+            raise FastSAEError(f"expected dictionaries from the narrowest to the widest, got widths {list(widths)}")
+        pairs = list(zip(widths, widths[1:], strict=False))
+        need = 8 * sum(a * b for a, b in pairs) / 2**30
+        if need > config.memory:
+            raise FastSAEError(
+                f"widths {list(widths)} need {need:.3g} GiB of sums, memory allows {config.memory:g}: raise memory, or "
+                "leave the widest dictionary out"
+            )
+        self.config, self.device = config, torch.device(device)
+        self._sums = [FeatureSums(size, device) for size in widths]
+        self._products = [torch.zeros(a, b, dtype=torch.float64, device=device) for a, b in pairs]
+
+    def add(self, codes: Sequence[SparseCode]) -> None:
+        parts = [entries(code, self.device) for code in codes]
+        for sums, part in zip(self._sums, parts, strict=True):
+            sums.add(part)
+        for out, a, b in zip(self._products, parts, parts[1:], strict=False):
+            add_products(out, a, b)
+
+    def result(self) -> Split:
+        edges = tuple(
+            self._edges(*step) for step in zip(self._products, self._sums, self._sums[1:], strict=False)
+        )  # fmt: skip
+        n = self._sums[0].n
+        density = tuple((sums.fires / max(n, 1)).cpu() for sums in self._sums)
+        return Split(n, self.config.threshold, density, edges)
+
+    def _edges(self, xy: Tensor, x: FeatureSums, y: FeatureSums) -> Edges:
+        few, found = self.config.min_fires, []
+        for rows in row_blocks(len(xy)):
+            part = x.rows(rows)
+            cosines = cosine(xy[rows], part, y)
+            close = (cosines > self.config.threshold) & (part.fires >= few)[:, None] & (y.fires >= few)
+            parents, children = close.nonzero(as_tuple=True)
+            values = cosines[parents, children].cpu()
+            parents, children = parents.cpu() + rows.start, children.cpu()
+            order = torch.from_numpy(np.lexsort((-values.numpy(), parents.numpy())))
+            found.append((parents[order], children[order], values[order].float()))
+        return Edges(*(torch.cat(column) for column in zip(*found, strict=True)))
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureMap:
+    """Features of several dictionaries in the plane. layer, feature: [M] int64, which dictionary and which feature.
+    points: [M, 2] float32. clusters: [M] int64, −1 for what is in none."""
+
+    layer: np.ndarray
+    feature: np.ndarray
+    points: np.ndarray
+    clusters: np.ndarray
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {name: getattr(self, name).tolist() for name in ("layer", "feature", "points", "clusters")}
+
+
+def map_of(
+    decoders: Sequence[Tensor],
+    keep: Sequence[Tensor] | None = None,
+    *,
+    neighbors: int = 15,
+    min_dist: float = 0.05,
+    min_cluster: int = 5,
+    seed: int = 0,
+) -> FeatureMap:
+    """UMAP (cosine metric) of the decoder rows of several dictionaries of one width D, and HDBSCAN clusters.
+
+    decoders: [F, D] each. keep: masks [F] or numbers of the features to show of each, such as those that fire: rows of
+    dead latents are where they were initialised. neighbors, min_dist: UMAP's. min_cluster: features in a cluster at
+    least. The clusters are those of the map's plane, not of the D-dimensional rows: what is seen is what is clustered.
+    The same seed gives the same map on the same machine; UMAP runs on one thread for it.
+
+    Raises FastSAEError: rows of different widths, fewer features than 4; MissingDependencyError without umap-learn or
+    scikit-learn. The first call in a process waits about 20 s for umap to compile itself.
+    """
+    if not decoders or any(rows.ndim != 2 or rows.shape[1] != decoders[0].shape[1] for rows in decoders):
+        raise FastSAEError(f"expected decoders [F, D] of one width D, got {[list(rows.shape) for rows in decoders]}")
+    numbers = [torch.arange(len(rows)) for rows in decoders]
+    if keep is not None:
+        numbers = [number[some.cpu()] for number, some in zip(numbers, keep, strict=True)]
+    rows = torch.cat([rows.detach().float().cpu()[n] for rows, n in zip(decoders, numbers, strict=True)]).numpy()
+    if len(rows) < 4:
+        raise FastSAEError(f"expected at least 4 features to map, got {len(rows)}: read more text or keep more")
+    try:
+        import umap
+        from sklearn.cluster import HDBSCAN
+    except ImportError:
+        raise MissingDependencyError("maps need umap-learn and scikit-learn: pip install 'fastsae[all]'") from None
+    points = umap.UMAP(
+        n_neighbors=min(neighbors, len(rows) - 1),
+        min_dist=min_dist,
+        metric="cosine",
+        init="spectral"
+        if len(rows) > 50
+        else "random",  # the spectral start solves for more vectors than few rows have
+        random_state=seed,
+        n_jobs=1,
+    ).fit_transform(rows)
+    points = np.asarray(points, dtype=np.float32)
+    size = max(2, min(min_cluster, len(rows) // 2))
+    unchanged: Any = True  # scikit-learn's own annotation allows the word "warn" alone
+    clusters = HDBSCAN(min_cluster_size=size, copy=unchanged).fit_predict(points)
+    layer = np.repeat(np.arange(len(numbers)), [len(n) for n in numbers])
+    return FeatureMap(layer, torch.cat(numbers).numpy(), points, np.asarray(clusters, dtype=np.int64))
+
+
+def draw_map(found: Split, decoders: Sequence[Tensor], out: Path, seed: int = 0) -> FeatureMap:
+    """Writes out/map.json and out/map.png: the features that fire, coloured by density, clusters numbered.
+
+    decoders: [F, D] of each dictionary of `found`. Raises as map_of.
+    """
+    from fastsae import figures
+
+    figures.require_matplotlib()
+    drawn = map_of(decoders, [part > 0 for part in found.density], seed=seed)
+    density = np.concatenate([part[part > 0].numpy() for part in found.density])
+    write_json(out / "map.json", {**drawn.to_dict(), "density": density.tolist()})
+    label = "share of tokens on which the feature fires"
+    figures.feature_map(
+        drawn.points, density, label, out / "map.png", layers=drawn.layer, clusters=drawn.clusters, log=True
+    )
+    return drawn

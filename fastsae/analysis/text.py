@@ -1,0 +1,112 @@
+"""Documents as one row of token ids, with what proxies say of each token.
+
+Axes: N tokens of all documents, V vocabulary, P proxies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from fastsae.analysis.labels import Spelling, TokenBytes
+from fastsae.analysis.proxies import Proxy, TokenCounts, score_all
+from fastsae.errors import FastSAEError
+
+_AT_ONCE = 64  # documents
+
+
+class Text:
+    """ids: [N] int32. first: [documents + 1], where each document begins. half: [documents] bool, True where features
+    are scored, False where they are chosen. bytes_of: the vocabulary's. counts: of the whole text, for proxies.
+
+    Memory: 4 N bytes and the documents themselves; scores are made for some documents at a time, or kept for all of
+    them, 4 N P bytes, where tokens are asked for in no order (keep_scores).
+    Raises FastSAEError where there is no text.
+    """
+
+    def __init__(
+        self, tokenizer: Any, documents: Sequence[Any], chosen: Sequence[Proxy] = (), keep_scores: bool = False
+    ) -> None:
+        self.bytes_of = TokenBytes.of(tokenizer)
+        self.proxies = tuple(chosen)
+        pieces, lengths = [], []
+        for start in range(0, len(documents), _AT_ONCE):
+            texts = [text_of(document) for document in documents[start : start + _AT_ONCE]]
+            found = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+            pieces += [np.asarray(ids, dtype=np.int32) for ids in found]
+            lengths += [len(ids) for ids in found]
+        if not sum(lengths):
+            raise FastSAEError("expected text to analyze, found none: every document is empty")
+        self.ids = np.concatenate(pieces)
+        self.first = np.concatenate([[0], np.cumsum(lengths)])
+        self.half = np.array(scoring_half(documents), dtype=bool)
+        self.counts = TokenCounts(self.proxies, len(self.bytes_of))
+        for low, high in self._parts(0, len(documents)):
+            self.counts.add(self.spelling(low, high))
+        self._scored: tuple[int, int, np.ndarray] = (0, 0, np.zeros((len(self.proxies), 0), np.float32))
+        if keep_scores:
+            self._score(0, self.documents)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def documents(self) -> int:
+        return len(self.first) - 1
+
+    def _parts(self, low: int, high: int) -> Iterator[tuple[int, int]]:
+        for start in range(low, high, _AT_ONCE):
+            yield start, min(start + _AT_ONCE, high)
+
+    def spelling(self, low: int, high: int) -> Spelling:
+        """Of documents low … high − 1."""
+        lengths = np.diff(self.first[low : high + 1])
+        ids = self.ids[self.first[low] : self.first[high]].astype(np.int64)
+        return Spelling.of(ids, np.repeat(np.arange(low, high), lengths), self.bytes_of)
+
+    def scores(self, documents: np.ndarray, where: np.ndarray) -> np.ndarray:
+        """What each proxy says of tokens `where` [n] of `documents` [n]: [n, P] float32. Made for the documents at hand
+        and those after them, so reading in order costs one pass."""
+        if not len(where) or not self.proxies:
+            return np.zeros((len(where), len(self.proxies)), np.float32)
+        low, high = int(documents.min()), int(documents.max()) + 1
+        if low < self._scored[0] or high > self._scored[1]:
+            self._score(low, max(high, min(low + _AT_ONCE, self.documents)))
+        begin, _, scored = self._scored
+        return scored[:, where - self.first[begin]].T
+
+    def _score(self, low: int, high: int) -> None:
+        parts = [score_all(self.proxies, self.spelling(a, b), self.counts) for a, b in self._parts(low, high)]
+        self._scored = (low, high, np.concatenate(parts, axis=1))
+
+    def document_of(self, where: np.ndarray | int) -> np.ndarray:
+        """The document that tokens stand in."""
+        return np.searchsorted(self.first, where, side="right") - 1
+
+
+def scoring_half(documents: Iterable[Any]) -> list[bool]:
+    """For each document whether features are scored on it (else chosen): every second one, ordered by kind and hash.
+
+    Both halves so hold as much of every kind (an attribute `kind`, where documents have one) to a document, equal texts
+    fall into the same half, and the order in which the documents come does not matter.
+    """
+    keys = [
+        (
+            getattr(d, "kind", ""),
+            hashlib.sha256(("half\0" + text_of(d)).encode("utf-8", "surrogatepass")).hexdigest(),
+        )
+        for d in documents
+    ]
+    rank = {key: number for number, key in enumerate(sorted(set(keys)))}
+    return [rank[key] % 2 == 1 for key in keys]
+
+
+def text_of(document: Any) -> str:
+    """A document's text: itself, or its attribute. Raises FastSAEError for what has none."""
+    text = document if isinstance(document, str) else getattr(document, "text", None)
+    if not isinstance(text, str):
+        raise FastSAEError(f"a document is a string or has a .text string, got {type(document).__name__}")
+    return text

@@ -1,0 +1,191 @@
+"""The verbs that ask questions of dictionaries: `fastsae match`, `split`, `steer`, `explain`. See fastsae.cli."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from fastsae.analysis.explain import ExplainConfig
+from fastsae.analysis.splitting import SplitConfig
+from fastsae.analysis.steering import SteerConfig, Steering
+from fastsae.analysis.universality import MatchConfig
+from fastsae.errors import FastSAEError
+from fastsae.files import claim_folder
+from fastsae.inputs import load_model, load_sae
+from fastsae.lm import MLP_HOOK
+
+try:
+    from tyro.conf import OmitArgPrefixes as OnOneLevel
+except ImportError:
+    raise SystemExit("fastsae: the command line needs tyro and rich: pip install 'fastsae[all]'") from None
+
+
+def match(
+    sae: Path,
+    model: str,
+    other_sae: Path,
+    out: Path,
+    config: OnOneLevel[MatchConfig],
+    hook: str = MLP_HOOK,
+    other_model: str | None = None,
+    other_hook: str | None = None,
+    text: str = "builtin",
+    text_field: str = "text",
+) -> dict:
+    """Look for every feature of a dictionary in another run: other seed, width, layer or model with its tokenizer.
+
+    Args:
+        sae: Folder of the dictionary (the run's folder or its sae/ folder).
+        model: Folder or hub name of the causal LM it was trained on.
+        other_sae: Folder of the dictionary to look in.
+        out: New folder, or one that this same command made; match.json holds every feature's figures.
+        hook: Module path that the dictionary was trained on.
+        other_model: The causal LM of the other dictionary; left out, the same one.
+        other_hook: Module path of the other dictionary; left out, the same one.
+        text: builtin, a text file, a .jsonl file, a folder of those, or hf:NAME; its held-out documents are used.
+        text_field: Field of a JSONL line or dataset row that holds the text.
+    """
+    from fastsae import corpus
+    from fastsae.analysis import universality
+    from fastsae.analysis.stream import Source
+
+    given = {"sae": sae, "model": model, "hook": hook, "text": text, "other_sae": other_sae}
+    given |= {"other_model": other_model, "other_hook": other_hook}
+    claim_folder(out, "match", {**given, "match": asdict(config)}, resume=True)
+    network, tokenizer = load_model(model)
+    other, words = (network, tokenizer) if other_model in (None, model) else load_model(other_model)
+    if words.get_vocab() != tokenizer.get_vocab():
+        raise FastSAEError(f"{model} and {other_model} must share a tokenizer: match compares them token by token")
+    documents = corpus.load(text, "heldout", text_field)
+    sources = Source(load_sae(sae), network, hook), Source(load_sae(other_sae), other, other_hook or hook)
+    found = universality.match(*sources, tokenizer, documents, config)
+    found.save(out / "match.json")
+    medians = {f"median {name}": value for name, value in found.medians().items()}
+    return {"tokens": found.tokens, "live": int(found.live.sum()), **medians, "match": str(out / "match.json")}
+
+
+def split(
+    saes: tuple[Path, ...],
+    model: str,
+    out: Path,
+    config: OnOneLevel[SplitConfig],
+    hook: str = MLP_HOOK,
+    text: str = "builtin",
+    text_field: str = "text",
+) -> dict:
+    """Join the features of dictionaries of growing width on one module, and draw a map of them.
+
+    Args:
+        saes: Folders of the dictionaries, from the narrowest to the widest.
+        model: Folder or hub name of the causal LM they were trained on.
+        out: New folder, or one that this same command made: split.json, map.json and map.png.
+        hook: Module path they were trained on.
+        text: builtin, a text file, a .jsonl file, a folder of those, or hf:NAME; its held-out documents are used.
+        text_field: Field of a JSONL line or dataset row that holds the text.
+    """
+    from fastsae import corpus
+    from fastsae.analysis import splitting
+    from fastsae.analysis.stream import Source
+
+    given = {"saes": [str(sae) for sae in saes], "model": model, "hook": hook, "text": text}
+    claim_folder(out, "split", {**given, "split": asdict(config)}, resume=True)
+    network, tokenizer = load_model(model)
+    documents = corpus.load(text, "heldout", text_field)
+    dictionaries = [load_sae(sae) for sae in saes]
+    found = splitting.split([Source(sae, network, hook) for sae in dictionaries], tokenizer, documents, config)
+    found.save(out / "split.json")
+    splitting.draw_map(found, [sae.W_dec for sae in dictionaries], out)
+    steps = {f"children, {a} to {b}": row["mean_children"] for a, b, row in found.steps()}
+    return {"tokens": found.tokens, **steps, "split": str(out / "split.json"), "map": str(out / "map.png")}
+
+
+def steer(
+    sae: Path,
+    model: str,
+    config: OnOneLevel[SteerConfig],
+    hook: str = MLP_HOOK,
+    text: str = "builtin",
+    text_field: str = "text",
+) -> Steering:
+    """Let a model write with features pinned, raised or ablated, beside what it writes without.
+
+        fastsae steer --sae runs/sae --model gpt2 --features 1234 --multiple 2 --prompts "My friend said"
+
+    Args:
+        sae: Folder of the dictionary (the run's folder or its sae/ folder).
+        model: Folder or hub name of the causal LM it was trained on.
+        hook: Module path it was trained on.
+        text: Where the features' maxima are measured, unless --value is given: builtin, a text file, a .jsonl file, a
+            folder of those, or hf:NAME; its held-out documents are used.
+        text_field: Field of a JSONL line or dataset row that holds the text.
+    """
+    from fastsae import corpus
+    from fastsae.analysis import steering
+
+    dictionary = load_sae(sae)
+    network, tokenizer = load_model(model)
+    measured: dict[int, float] = {}
+    if config.needs_maxima:
+        longest = getattr(network.config, "max_position_embeddings", None) or config.context
+        documents = corpus.load(text, "heldout", text_field)
+        measured = steering.maxima(
+            dictionary, network, tokenizer, documents, hook, config.features,
+            tokens=config.measure_tokens, context=min(config.context, longest), batch_size=config.batch_size,
+        )  # fmt: skip
+    edits = config.edits(measured)
+    options = {name: getattr(config, name) for name in ("tokens", "samples", "temperature", "seed")}
+    found = steering.steer(dictionary, network, tokenizer, config.prompts, hook, edits, **options)
+    return Steering(edits, found, measured)
+
+
+def explain(
+    sae: Path,
+    model: str,
+    out: Path,
+    config: OnOneLevel[ExplainConfig],
+    hook: str = MLP_HOOK,
+    features: tuple[int, ...] = (),
+    count: int = 50,
+    tokens: int | None = 500_000,
+    context: int = 128,
+    text: str = "builtin",
+    text_field: str = "text",
+) -> dict:
+    r"""Explain features from examples, without a language model or with one, and score that on held-out text.
+
+        fastsae explain --sae sae --model lm --out explained --features 3 14
+        fastsae explain --sae sae --model lm --out explained \
+            --explainer endpoint --endpoint http://localhost:8000/v1 --explainer-model NAME
+
+    Args:
+        sae: Folder of the dictionary (the run's folder or its sae/ folder).
+        model: Folder or hub name of the causal LM it was trained on.
+        out: Folder for explain.json, the log and models' answers; the same command goes on there.
+        hook: Module path it was trained on.
+        features: Numbers of the features; left out, some that fire often enough are drawn.
+        count: How many are drawn.
+        tokens: Held-out tokens to read.
+        context: Tokens in a context, the begin-of-text token included.
+        text: builtin, a text file, a .jsonl file, a folder of those, or hf:NAME; its held-out documents are used.
+        text_field: Field of a JSONL line or dataset row that holds the text.
+    """
+    from fastsae import corpus
+    from fastsae.analysis.evidence import explain_dictionary
+    from fastsae.analysis.stream import Source
+    from fastsae.analysis.survey import SurveyConfig
+
+    given = {"sae": sae, "model": model, "hook": hook, "text": text, "tokens": tokens, "context": context}
+    claim_folder(out, "explain", given, resume=True)
+    network, tokenizer = load_model(model)
+    documents = corpus.load(text, "heldout", text_field)
+    found = explain_dictionary(
+        Source(load_sae(sae), network, hook), tokenizer, documents, features, config,
+        SurveyConfig(categories=(), tokens=tokens, context=context, seed=config.seed), count=count, out=out,
+    )  # fmt: skip
+    results = found["results"]["features"]
+    said = {f"feature {r.feature}": f"{r.explanation or r.failed}  ({_score(r.spearman)})" for r in results}
+    means = {f"mean {name}": s.mean for name, s in found["summary"]["features"].items() if s.mean is not None}
+    failed = sum(r.failed is not None for r in results)
+    return {**said, **means, "explained": len(results), "failed": failed, "results": str(out / "explain.json")}
+
+
+def _score(value: float | None) -> str:
+    return "not scored" if value is None else f"score {value:.2f}"

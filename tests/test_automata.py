@@ -1,0 +1,148 @@
+"""Chains of features: a model and text in which a planted automaton runs, and counts by hand."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fastsae.analysis.automata import Automaton, automata
+from fastsae.analysis.stream import Source
+from fastsae.errors import FastSAEError
+from fastsae.sae import SAE
+from tests import tiny_lm
+
+TOKENIZER = tiny_lm.tokenizer()
+LETTERS = "abcdxy"
+IDS = [TOKENIZER(letter).input_ids[0] for letter in LETTERS]
+
+
+class Bigrams(torch.nn.Module):
+    """One-hot of the token at `state`, and behind it the planted logits: a → b → c → a, d → d, x → y."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state, self.head = torch.nn.Identity(), torch.nn.Linear(257, 257, bias=False)
+        with torch.no_grad():
+            self.head.weight.zero_()
+            for now, then in ("ab", "bc", "ca", "dd", "xy"):
+                self.head.weight[IDS[LETTERS.index(then)], IDS[LETTERS.index(now)]] = 5.0
+
+    def get_output_embeddings(self) -> torch.nn.Linear:
+        return self.head
+
+    def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
+        return SimpleNamespace(logits=self.head(self.state(torch.nn.functional.one_hot(input_ids, 257).float())))
+
+
+def dictionary() -> SAE:
+    """Feature j fires on LETTERS[j]; 6 on every letter; 7 on nothing."""
+    sae = SAE(d_in=257, d_sae=8, activation="relu")
+    with torch.no_grad():
+        sae.encoder.weight.zero_()
+        sae.encoder.bias.fill_(-0.5)
+        sae.W_dec.zero_()
+        for j, i in enumerate(IDS):
+            sae.encoder.weight[j, i] = sae.W_dec[j, i] = 1.0
+            sae.encoder.weight[6, i] = 1.0
+        sae.W_dec[6:, 200] = 1.0
+    return sae
+
+
+def texts() -> list[str]:
+    """Runs of the automaton, mixed with other letters; y comes alone more often than behind x."""
+    rng = np.random.default_rng(0)
+    words = ["abcabcabc", "dddd", "xy", "y", "y", "qrs", "ax"]
+    return ["".join(rng.choice(words, 12)) for _ in range(60)]
+
+
+SOURCE = Source(dictionary(), Bigrams(), "state")
+
+
+def run(**options: Any) -> Automaton:
+    return automata(SOURCE, TOKENIZER, texts(), **({"context": 40, "batch_size": 7, "show_progress": False} | options))
+
+
+def test_the_planted_automaton_is_found():
+    found = run()
+    assert found.features.tolist() == [0, 1, 2, 3, 4, 5, 6] and not found.sampled
+    assert {(e.source, e.target) for e in found.edges if 6 not in (e.source, e.target)} == {
+        *((0, 1), (1, 2), (2, 0), (3, 3), (4, 5))
+    }
+    assert sorted(found.cycles(), key=str) == [[0, 1, 2], [3]]
+    assert found.cycles(length=2) == [[3]]
+    chain = found.chains(0, length=3)[0]
+    assert [edge.target for edge in chain] == [1, 2, 0]
+    assert [[edge.target for edge in path] for path in found.chains(4)] == [[5]]
+    assert found.chains(5) == []
+
+
+def test_the_papers_step_goes_by_the_top_logit_token():
+    found = run()
+    for now, then in ((0, 1), (1, 2), (2, 0), (3, 3), (4, 5)):
+        step = found.steps[now]
+        assert (step.token, step.target) == (IDS[then], then) and step.f1 == 1.0
+        assert step.weight == pytest.approx(5.0, rel=1e-3)
+
+
+def test_numbers_are_those_counted_by_hand():
+    found = run(context=30)  # documents are cut: a pair across the cut is no pair
+    fires = {(e.source, e.target): e for e in found.edges}
+    follow, now, before, links, n = 0, 0, 0, 0, 0
+    for text in texts():
+        for start in range(0, len(text), 29):  # the begin-of-text token takes one place
+            piece = text[start : start + 29]
+            pairs = list(zip(piece, piece[1:], strict=False))
+            links, n = links + len(pairs), n + len(piece)
+            follow += sum(p == ("x", "y") for p in pairs)
+            now += sum(p[0] == "x" for p in pairs)
+            before += sum(p[1] == "y" for p in pairs)
+    edge = fires[4, 5]
+    assert found.tokens == n
+    assert edge.probability == pytest.approx(follow / now) and 0 < edge.probability < 1
+    assert edge.excess == pytest.approx(follow / now - before / links)
+    # x's logit weights over the tokenizer's vocabulary, and y fires on y only
+    w = torch.zeros(257, dtype=torch.float64)
+    w[IDS[5]] = 5.0
+    assert edge.logit == pytest.approx(float(w[IDS[5]] / w.std()), rel=1e-3)
+    assert edge.strength == pytest.approx(edge.excess * edge.logit)
+    assert found.fires[found.features == 4].item() == sum(text.count("x") for text in texts())
+
+
+def test_what_the_text_does_but_the_model_does_not_is_no_edge():
+    """a is often followed by x here ("ax"), but a's logit weights say nothing of x."""
+    assert all((e.source, e.target) != (0, 4) for e in run(min_excess=0.01).edges)
+    assert run(min_excess=0.99).edges == () == run(min_logit=100.0).edges
+    assert {(e.source, e.target) for e in run(min_excess=0.7).edges} < {(e.source, e.target) for e in run().edges}
+
+
+def test_states_can_be_chosen_or_sampled():
+    assert run(features=[0, 1, 4]).features.tolist() == [0, 1, 4]
+    assert {(e.source, e.target) for e in run(features=[0, 1, 4]).edges} == {(0, 1)}
+    few = run(memory=4 * 8 * (8 + 257) / 2**30)
+    assert few.sampled and len(few.features) <= 4
+
+
+def test_an_automaton_is_json(tmp_path):
+    run().save(tmp_path / "automaton.json")
+    values = json.loads((tmp_path / "automaton.json").read_text())
+    assert [0, 1, 2] in values["cycles"] and len(values["nodes"]) == 7
+    assert {"source", "target", "probability", "excess", "logit", "strength"} == set(values["edges"][0])
+
+
+def test_bad_input_is_one_line():
+    cases: list[tuple[str, Any]] = [
+        ("numbers from 0 to 7, got 8", lambda: run(features=[8])),
+        ("min_fires must be at least 1", lambda: run(min_fires=0)),
+        ("did you mean min_excess", lambda: run(min_exces=0)),
+        ("feature 7 is no state", lambda: run().chains(7)),
+        ("raise memory", lambda: run(memory=1e-9)),
+    ]
+    for message, action in cases:
+        with pytest.raises(FastSAEError, match=message) as caught:
+            action()
+        assert "\n" not in str(caught.value)
