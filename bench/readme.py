@@ -188,10 +188,8 @@ def _demo_table(result: Row) -> str:
     )
     universal = result.get("universality")
     median = (
-        f"The median best match of {universal['count']} live features is {universal['features']:.2f} (chosen on one "
-        f"half of the documents and scored on the other: {universal['held_out']:.2f}), that of the neurons "
-        f"{universal['neurons']:.2f}, that of a dictionary trained on a model with shuffled weights "
-        f"{universal['control']:.2f} (paper: 0.72 and 0.46).\n"
+        f"The median best match of {universal['count']} features is {universal['features']:.2f}, that of the neurons "
+        f"{universal['neurons']:.2f}{_controlled(universal)} (paper: 0.72 and 0.46).\n"
         if universal else ""
     )  # fmt: skip
     return (
@@ -204,6 +202,16 @@ def _demo_table(result: Row) -> str:
         f"{scores['recovered_zero']:.0%} is recovered against zero and {scores['recovered_mean']:.0%} against mean "
         f"ablation. The dictionary explains {scores['fve']:.0%} of the variance.\n\n"
         f"{found}\n{used}\n{median}{_explained(result.get('explain'))}{_split(result.get('splitting'))}"
+    )
+
+
+def _controlled(universal: Row) -> str:
+    """What a run says of its control, which older ones did not have."""
+    if universal.get("control") is None:
+        return ""
+    return (
+        f", that of a dictionary trained on a model with shuffled weights {universal['control']:.2f}; chosen on one half "
+        f"of the documents and scored on the other, the features' is {universal['held_out']:.2f}"
     )
 
 
