@@ -210,8 +210,8 @@ def _controlled(universal: Row) -> str:
     if universal.get("control") is None:
         return ""
     return (
-        f", that of a dictionary trained on a model with shuffled weights {universal['control']:.2f}; chosen on one half "
-        f"of the documents and scored on the other, the features' is {universal['held_out']:.2f}"
+        f", that of a dictionary trained on a model with shuffled weights {universal['control']:.2f}; chosen on one "
+        f"half of the documents and scored on the other, the features' is {universal['held_out']:.2f}"
     )
 
 
