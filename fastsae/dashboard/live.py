@@ -28,12 +28,13 @@ from fastsae.dashboard.plain import plain
 from fastsae.dashboard.proxy_scores import ProxySums
 from fastsae.errors import FastSAEError
 from fastsae.hooks import activations
+from fastsae.visible import visible
 
 TEXT_TOKENS = 1024  # of a text that is looked into
 PROMPT_TOKENS = 512
 SHOWN_FEATURES, SHOWN_PER_TOKEN = 50, 8
 REGEX_SECONDS, REGEX_SECONDS_IN_ALL = 2.0, 60.0  # on one document, on all of them
-_PATIENCE = 20.0  # seconds that a short question waits for the model
+_PATIENCE, _WAITING = 20.0, 24  # seconds that a short question waits for the model, and how many do at once
 
 
 class BusyError(FastSAEError):
@@ -55,7 +56,7 @@ class Live:
         context: int = 128, other: Source | None = None, name: str = "",
     ) -> None:  # fmt: skip
         self.source, self.tokenizer, self.documents, self.other, self.name = source, tokenizer, documents, other, name
-        self._lock = threading.Lock()
+        self._lock, self._short = threading.Lock(), threading.BoundedSemaphore(_WAITING)
         F = source.sae.cfg.d_sae
         if maximum is not None and len(maximum) != F:
             raise FastSAEError(
@@ -98,6 +99,17 @@ class Live:
         finally:
             self._lock.release()
 
+    @contextmanager
+    def _soon(self) -> Iterator[None]:
+        """The model for a short question, for which somebody's connection waits: so many of them and no more."""
+        if not self._short.acquire(blocking=False):
+            raise BusyError(f"{_WAITING} questions wait for the model already: try again in a moment")
+        try:
+            with self._model(_PATIENCE):
+                yield
+        finally:
+            self._short.release()
+
     def _one_by_one(self, reads: Iterator[Read]) -> Iterator[Read]:
         """The same reads; between two of them others have the model."""
         while True:
@@ -119,7 +131,7 @@ class Live:
         """
         ids = self._ids(text, TEXT_TOKENS, "the text")
         token, feature, value = [], [], []
-        with self._model(_PATIENCE):
+        with self._soon():
             for some in read([self.source], self.tokenizer, [text], context=self.context, batch_size=16):
                 if not len(some.token_ids):
                     continue
@@ -141,7 +153,7 @@ class Live:
         return list(ids)
 
     def _tokens(self, ids: list[int], token: np.ndarray, feature: np.ndarray, value: np.ndarray) -> list[dict]:
-        shown = readable([self.bytes_of[i] for i in ids])
+        shown = [visible(text) for text in readable([self.bytes_of[i] for i in ids])]
         names = self.tokenizer.convert_ids_to_tokens(ids)
         rows = [
             {"text": name if i in self.special else text, "id": i, "special": i in self.special, "count": 0, "top": []}

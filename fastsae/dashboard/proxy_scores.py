@@ -6,16 +6,19 @@ Axes: n tokens, F features.
 
 from __future__ import annotations
 
+import zipfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fastsae.analysis import specificity
-from fastsae.analysis.cards import Cards
 from fastsae.analysis.stream import Read
 from fastsae.dashboard.plain import plain
+from fastsae.errors import FastSAEError
 
 CHOOSE, SCORE = 0, 1  # halves of the documents
+_AT_ONCE = 1 << 22  # bytes that are read at once on the way to what is wanted
 
 
 class ProxySums:
@@ -30,13 +33,14 @@ class ProxySums:
         self.x, self.xx, self.xp = (np.zeros((2, D)) for _ in range(3))
 
     @classmethod
-    def of(cls, cards: Cards, p: int) -> ProxySums:
-        """Of a proxy that the survey has, number p of its axis P."""
-        sums, made = cards.survey.sums, cls(0, 0)
-        made.tokens, made.members = sums["tokens"], sums["p"][:, p]
-        made.fires, made.f, made.ff, made.fp = sums["fires"], sums["f"], sums["ff"], sums["fp"][:, :, p]
-        made.inside = sums["inside"][p].sum(-1, dtype=np.int64)
-        made.x, made.xx, made.xp = sums["x"], sums["xx"], sums["xp"][:, :, p]
+    def of_file(cls, file: Any, path: Path, p: int) -> ProxySums:
+        """Of proxy number p of a survey. file: its arrays by name (an open .npz file); path: that file."""
+        made = cls(0, 0)
+        made.tokens, made.members = file["sums.tokens"], file["sums.p"][:, p].astype(np.int64)
+        made.fires, made.f, made.ff = (file[f"sums.{name}"] for name in ("fires", "f", "ff"))
+        made.fp, made.xp = file["sums.fp"][:, :, p], file["sums.xp"][:, :, p]
+        made.x, made.xx = file["sums.x"], file["sums.xx"]
+        made.inside = _entry(path, "sums.inside", p).sum(-1, dtype=np.int64)
         return made
 
     def add(self, some: Read, inside: np.ndarray, half: np.ndarray, which: int = 0) -> None:
@@ -67,6 +71,14 @@ class ProxySums:
         parts = (self.tokens, self.members, *sums)
         n, p, f, ff, fp = (part.sum(0) if half is None else part[half] for part in parts)
         return specificity.pearson(max(float(n), 1.0), f, ff, p, p, fp)
+
+    def check(self, name: str) -> None:
+        """Raises FastSAEError where a half of the documents has no token of the category: nothing could be scored."""
+        if not self.members.all():
+            raise FastSAEError(
+                f"{int(self.members.sum())} of {int(self.tokens.sum())} tokens belong to {name}, and either half of the "
+                "documents needs some: read more text, or ask for something that occurs in it"
+            )
 
     def table(self, top: int = 20) -> dict[str, Any]:
         """Ready for JSON. features: the `top` best by r on the half that chooses, with r, specificity, lift and recall
@@ -102,3 +114,14 @@ class ProxySums:
             return None
         best = int(chosen.argmax())
         return {"neuron": best, "chosen": chosen[best], "pearson": self.pearson(SCORE, neurons=True)[best]}
+
+
+def _entry(path: Path, name: str, number: int) -> np.ndarray:
+    """array[number] of an array in an .npz file, without the rest of it in memory."""
+    with zipfile.ZipFile(path) as whole, whole.open(f"{name}.npy") as file:
+        np.lib.format.read_magic(file)  # type: ignore[arg-type]
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)  # type: ignore[arg-type]
+        size = int(np.prod(shape[1:])) * dtype.itemsize
+        for left in range(number * size, 0, -_AT_ONCE):
+            file.read(min(left, _AT_ONCE))
+        return np.frombuffer(file.read(size), dtype).reshape(shape[1:])

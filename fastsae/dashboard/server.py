@@ -68,8 +68,9 @@ class Server:
         p = known.get(asked.name.strip().casefold())
         if p is not None:
             name = self.stored.proxies[p]
-            sums = ProxySums.of(self.stored.cards, p)
-            return self.jobs.finished("proxies", "tokens", {"name": name, "source": "report", **self._scores(name, sums)})
+            if (sums := self.stored.proxy_sums(p)) is not None:
+                scores = self._scores(name, sums)
+                return self.jobs.finished("proxies", "tokens", {"name": name, "source": "report", **scores})
         live = self.must_live()
         name = live.proxy(asked.name).name  # told now, not when its turn comes
 
@@ -80,6 +81,7 @@ class Server:
         return self.jobs.submit("proxies", "tokens", work)
 
     def _scores(self, name: str, sums: ProxySums) -> dict:
+        sums.check(name)
         self.scored.pop(name, None)
         while len(self.scored) >= _SCORED:
             self.scored.pop(next(iter(self.scored)))
@@ -124,7 +126,7 @@ def create_app(
 
     Raises FastSAEError for a folder without a report.
     """
-    stored = stored or Stored(report, None if live is None else live.bytes_of)
+    stored = stored or Stored(report)
     jobs = Jobs()
 
     @asynccontextmanager
@@ -184,8 +186,8 @@ _INVALID = {422: {"model": schemas.ErrorMessage}}
 def _add_stored(app: FastAPI, server: Server) -> None:
     @app.get("/api/overview", tags=["report"])
     def overview() -> dict[str, Any]:
-        """The whole dictionary: sizes, quality, histogram of log10 densities."""
-        return server.stored.overview()
+        """What the site's first page tells: sizes, quality, the histogram of densities."""
+        return server.stored.overview
 
     @app.get("/api/features", tags=["report"], responses={**_refusals(), **_INVALID})
     def features(
@@ -282,13 +284,11 @@ def _add_pages(app: FastAPI, report: Path) -> None:
 
     @app.get("/{path:path}", include_in_schema=False)
     def page(path: str) -> Response:
-        own = {"live.html", "assets/live.js", "assets/live.css"}
-        if path in own:  # of this version of the server, whose answers they read
+        if path == "assets/server.js":
+            return Response("fastsae.server = true;\n", media_type=TYPES[".js"], headers={"cache-control": "no-cache"})
+        found = file_of(report, path or "index.html")
+        if path in ("assets/live.js", "assets/live.css"):  # of this server's version, whose answers they read
             found = file_of(STATIC, path.removeprefix("assets/"))
-        else:
-            found = file_of(report, path or "index.html")
-        if found is None and path == "":
-            found = file_of(report, "report.html") or file_of(STATIC, "live.html")
         if found is None:
             raise HTTPException(404, "there is no such page")
         headers = {"cache-control": "no-cache"}
