@@ -9,12 +9,13 @@ W tokens of a window, P proxies.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Any
 
 import numpy as np
 
 from fastsae.analysis.examples import Example
-from fastsae.analysis.labels import TokenBytes, readable
+from fastsae.analysis.labels import TokenBytes, decode_utf8, readable
 from fastsae.dashboard.facts import SCORE, Facts
 from fastsae.report import QUALITY
 from fastsae.visible import visible
@@ -44,18 +45,39 @@ def _shown(text: str) -> str:
     return visible(text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…")
 
 
+def parts_of_next(bytes_of: TokenBytes, token_ids: Any) -> list[int]:
+    """Places of the tokens of a window that only begin, or continue, a character which a later token completes: with
+    the tokens after them they are shown as that character."""
+    pieces = [bytes_of[int(i)] for i in token_ids]
+    data = np.frombuffer(b"".join(pieces), dtype=np.uint8)
+    points, character = decode_utf8(data)
+    ends = np.cumsum([len(piece) for piece in pieces])
+    found = []
+    for place, (piece, end) in enumerate(zip(pieces, ends.tolist(), strict=True)):
+        if not piece or end == len(data):
+            continue
+        last = character[end - 1]  # the character goes on in the next token, and none ends in this one
+        if character[end] == last and points[last] != 0xFFFD and (character[end - len(piece) : end] == last).all():
+            found.append(place)
+    return found
+
+
 class Spelling:
-    """`spelled` for many windows: tokens that are whole characters are spelled once."""
+    """`spelled` and `parts_of_next` for many windows: tokens that are whole characters are spelled once."""
 
     def __init__(self, bytes_of: TokenBytes) -> None:
         self._bytes_of = bytes_of
         self._known: dict[int, str | None] = {}
 
     def __call__(self, token_ids: Any) -> list[str]:
+        return self.window(token_ids)[0]
+
+    def window(self, token_ids: Any) -> tuple[list[str], list[int]]:
+        """(text of every token, places of those that are part of the next one's character)."""
         found = [self._whole(int(i)) for i in token_ids]
         if None in found:
-            return spelled(self._bytes_of, token_ids)
-        return found  # type: ignore[return-value]
+            return spelled(self._bytes_of, token_ids), parts_of_next(self._bytes_of, token_ids)
+        return found, []  # type: ignore[return-value]
 
     def _whole(self, token: int) -> str | None:
         """The token's text, None where it is part of a character."""
@@ -101,8 +123,10 @@ def feature_card(facts: Facts, f: int, spelling: Spelling | None = None) -> dict
 
 
 def _window(example: Example, spell: Spelling, effects: np.ndarray | None = None) -> dict[str, Any]:
+    tokens, parts = spell.window(example.token_ids)
     found: dict[str, Any] = {
-        "tokens": spell(example.token_ids),
+        "tokens": tokens,
+        "parts": parts,
         "activations": [short(a) for a in example.activations],
         "at": example.at,
         "document": example.document,
@@ -161,7 +185,7 @@ def _logits(facts: Facts, f: int, spell: Spelling) -> dict[str, Any] | None:
 def _proxies(facts: Facts, f: int) -> list[list[Any]]:
     """[name, Pearson's r on the half where features are scored], best first."""
     names, r = facts.cards.survey.proxies, facts.pearson[SCORE][f]
-    return [[names[p], short(r[p])] for p in np.argsort(-r, kind="stable").tolist()]
+    return [[names[p], short(r[p])] for p in np.argsort(-r, kind="stable").tolist()]  # NaN comes last
 
 
 def _cofiring(facts: Facts, f: int) -> list[list[Any]] | None:
@@ -341,4 +365,18 @@ def feature_map(facts: Facts) -> dict[str, Any] | None:
         "layer": found.layer.tolist(),
         "feature": found.feature.tolist(),
         "cluster": found.clusters.tolist(),
+        "names": _cluster_names(facts),
     }
+
+
+def _cluster_names(facts: Facts) -> dict[str, str]:
+    """Cluster → the proxy that at least half of its features follow best, with r above 0.2."""
+    sizes, votes = Counter(facts.clusters.values()), Counter()
+    names = facts.cards.survey.proxies
+    if not names:
+        return {}
+    for feature, cluster in facts.clusters.items():
+        p = int(facts.best_proxy[feature])
+        if facts.pearson[SCORE][feature, p] > 0.2:
+            votes[cluster, p] += 1
+    return {str(cluster): names[p] for (cluster, p), n in votes.items() if 2 * n > sizes[cluster]}

@@ -105,15 +105,16 @@ class Facts:
 
     @cached_property
     def pearson(self) -> tuple[np.ndarray, np.ndarray]:
-        """r with every proxy on the half where features are chosen and on the one where they are scored: [F, P]."""
-        return tuple(np.nan_to_num(self.cards.pearson(half)) for half in (CHOOSE, SCORE))  # type: ignore[return-value]
+        """r with every proxy on the half where features are chosen and on the one where they are scored: [F, P]; NaN where
+        one of both does not vary."""
+        return self.cards.pearson(CHOOSE), self.cards.pearson(SCORE)
 
     @cached_property
     def best_proxy(self) -> np.ndarray:
         """[F], the proxy that each feature follows best on the half where features are chosen; −1 without proxies."""
         if not self.cards.survey.proxies:
             return np.full(self.d_sae, -1)
-        return self.pearson[CHOOSE].argmax(1)
+        return np.nan_to_num(self.pearson[CHOOSE], nan=-1.0).argmax(1)
 
     @cached_property
     def neurons(self) -> ClosestNeurons | None:

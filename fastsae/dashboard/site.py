@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import bisect
 import json
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -31,7 +32,8 @@ _LARGEST = 1_500_000  # bytes of a data file
 _CARDS = 64  # in a file: a page waits for the file its card is in
 _ROWS = 2048  # of the list, in a file: their text may take 800 bytes each
 _POINTS = 50_000  # of a column in a file
-_BETWEEN = "\x7f"  # between the tokens of a packed window; `visible` leaves none in a token
+_BETWEEN, _WITHIN = "\x7f", "\x80"  # after tokens of a packed window, and after parts of a character; `visible` leaves
+# neither in a token, and JSON does not escape them
 
 
 def write_site(out: str | Path, facts: Facts, *, show_progress: bool = True) -> Path:
@@ -164,8 +166,10 @@ def _with_windows(card: dict[str, Any], change: Any) -> dict[str, Any]:
 
 def _packed(window: dict[str, Any]) -> list[Any]:
     """[text, place of the chosen token, document, position, places, activations], and places and effects if any."""
+    parts = set(window["parts"])
+    text = "".join(token + (_WITHIN if i in parts else _BETWEEN) for i, token in enumerate(window["tokens"]))[:-1]
     found = [
-        _BETWEEN.join(window["tokens"]), window["at"], window["document"], window["position"],
+        text, window["at"], window["document"], window["position"],
         *_sparse(window["activations"]),
     ]  # fmt: skip
     return [*found, *_sparse(window["effects"])] if "effects" in window else found
@@ -178,8 +182,10 @@ def _sparse(values: list[float]) -> tuple[list[int], list[float]]:
 
 def _unpacked(window: list[Any]) -> dict[str, Any]:
     text, at, document, position, *columns = window
-    tokens = text.split(_BETWEEN)
-    found = {"tokens": tokens, "activations": _dense(len(tokens), *columns[:2]), "at": at, "document": document,
+    tokens = re.split(f"[{_BETWEEN}{_WITHIN}]", text)
+    ends = re.findall(f"[{_BETWEEN}{_WITHIN}]", text)
+    parts = [i for i, end in enumerate(ends) if end == _WITHIN]
+    found = {"tokens": tokens, "parts": parts, "activations": _dense(len(tokens), *columns[:2]), "at": at, "document": document,
              "position": position}  # fmt: skip
     return found | ({"effects": _dense(len(tokens), *columns[2:])} if columns[2:] else {})
 

@@ -14,8 +14,9 @@ fastsae.page("compare", async (main) => {
     decoder_cosine: "decoder rows (cosine)", control: "control: a model with shuffled weights", control_held_out: "control, held out", neurons: "neurons", neurons_held_out: "neurons, held out" };
   main.append(
     h("p", { class: "lead" }, `For each of ${count(live.length)} features${it.sampled ? " (a sample)" : ""} that fire often enough, the feature of the other dictionary that follows it best over ${count(it.tokens)} tokens.`),
-    fastsae.table(["", "median r"], Object.entries(it.medians).filter(([, r]) => r !== null).map(([name, r]) => [names[name] ?? name, fixed(r)]), { label: "Medians" }),
-    h("section", null, h("h2", null, "How alike"), picture()),
+    h("div", { class: "two" },
+    h("section", null, h("h2", null, "Medians"), fastsae.table(["", "median r"], Object.entries(it.medians).filter(([, r]) => r !== null).map(([name, r]) => [names[name] ?? name, fixed(r)]), { label: "Medians" })),
+    h("section", null, h("h2", null, "How alike"), picture())),
     h("section", null, h("h2", null, "Feature by feature"), pairs()));
 
   function picture() {
@@ -40,8 +41,9 @@ fastsae.page("compare", async (main) => {
     const row = (i) => [link(it.feature[i]), String(it.best[i]), fixed(it.pearson[i]), fixed(it.held_out?.[i]), fixed(it.logit_pearson?.[i])];
     const head = ["feature", "there", "r", "held out", "logit weights"], some = 15;
     return [
-      h("h3", null, "Most alike"), fastsae.table(head, order.slice(0, some).map(row), { label: "Most alike" }),
-      h("h3", null, "Least alike"), fastsae.table(head, order.slice(-some).reverse().map(row), { label: "Least alike" }),
+      h("div", { class: "two" },
+        h("div", null, h("h3", null, "Most alike"), fastsae.table(head, order.slice(0, some).map(row), { label: "Most alike" })),
+        h("div", null, h("h3", null, "Least alike"), fastsae.table(head, order.slice(-some).reverse().map(row), { label: "Least alike" }))),
       h("p", null, h("a", { href: "#/features?sort=match" }, "All of them, by match")),
     ];
   }

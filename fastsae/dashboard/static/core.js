@@ -55,9 +55,10 @@ const fastsae = (() => {
   }
 
   function unpack([text, at, document_, position, places, activations, where, effects]) {
-    const tokens = text.split("\x7f");
+    const tokens = text.split(/[\x7f\x80]/), ends = text.match(/[\x7f\x80]/g) ?? [];
+    const parts = new Set(ends.flatMap((end, i) => end === "\x80" ? [i] : []));  // of the character of the token after them
     const dense = (p, v) => { const found = new Array(tokens.length).fill(0); p.forEach((i, n) => { found[i] = v[n]; }); return found; };
-    return { tokens, at, document: document_, position, activations: dense(places, activations),
+    return { tokens, parts, at, document: document_, position, activations: dense(places, activations),
              effects: where ? dense(where, effects) : null };
   }
 
@@ -87,7 +88,7 @@ const fastsae = (() => {
 
   const missing = "–";
   const count = (n) => (n ?? null) === null ? missing : n.toLocaleString("en");
-  const fixed = (x, digits = 2) => (x ?? null) === null ? missing : x.toFixed(digits).replace("-", "−");
+  const fixed = (x, digits = 2) => (x ?? null) === null ? missing : x.toFixed(digits).replace(/^-(?=[0.]*$)/, "").replace("-", "−");
   const signed = (x, digits = 2) => (x ?? null) === null ? missing : (x > 0 ? "+" : "") + fixed(x, digits);
   function percent(share) {
     if ((share ?? null) === null) return missing;
@@ -162,6 +163,15 @@ const fastsae = (() => {
     };
   })();
 
+  const bytes = /((?:‹[0-9A-F]{2}›)+)/;
+
+  /** A token's text: a mark that stands alone on a dotted circle; bytes that make no character small and apart, for they
+   *  are written in Latin letters, which must not turn the text around them. */
+  function visible(text, alone) {
+    return (alone && /^\p{M}/u.test(text) ? "◌" + text : text).split(bytes)
+      .map((part, i) => i % 2 ? h("span", { dir: "ltr", class: "byte" }, part) : part).filter((part) => part !== "");
+  }
+
   const table = (head, rows, attributes) => h("div", { class: "wide", tabindex: 0, role: "region", "aria-label": attributes?.label ?? "Table" },
     h("table", null,
       head && h("thead", null, h("tr", null, head.map((cell) => h(cell === "" ? "td" : "th", cell === "" ? null : { scope: "col" }, cell)))),
@@ -169,5 +179,5 @@ const fastsae = (() => {
 
   const link = (f, text) => h("a", { href: `#/feature/${f}` }, text ?? String(f));
 
-  return { put, load, columns, card, script, h, count, fixed, signed, percent, number, page, show, tip, table, link };
+  return { put, load, columns, card, script, h, count, fixed, signed, percent, number, page, show, tip, table, link, bytes, visible };
 })();

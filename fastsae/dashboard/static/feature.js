@@ -28,13 +28,13 @@ fastsae.page("feature", async (main, argument, _query, current) => {
   main.append(h("div", { class: "card" }, h("div", { class: "examples" },
     h("section", null,
       h("div", { class: "line" }, h("h2", null, "Strongest examples"), it.top.some((w) => w.effects) && reading.toggle()),
-      h("p", { class: "soft" }, "The darker, the more active. Point at a word, or use Tab and the arrow keys, for its value."),
+      reading.note,
       reading.list(it.top, "Strongest examples")),
-    h("section", null, h("h2", null, "Over its range"),
+    h("section", { class: "later" }, h("h2", null, "Over its range"),
       [...it.intervals].reverse().map((part) => part.windows.length ? [
         h("h3", null, `${number(part.low)} to ${number(part.high)}`),
         reading.list(part.windows, `Examples from ${number(part.low)} to ${number(part.high)}`)] : null)),
-    h("section", null, h("h2", null, "Weakest examples"), reading.list(it.bottom, "Weakest examples")),
+    h("section", { class: "later" }, h("h2", null, "Weakest examples"), reading.list(it.bottom, "Weakest examples")),
   ), h("aside", null, aside())));
 
   function explanation() {
@@ -79,14 +79,18 @@ fastsae.page("feature", async (main, argument, _query, current) => {
   function list(rows, show) {
     return h("ul", { class: "facts" }, rows.map((row) => { const [left, right] = show(row); return h("li", null, h("span", null, left), h("span", { class: "soft" }, right)); }));
   }
-  function tokens(rows) { return list(rows, ([text, value]) => [h("bdi", { class: "tok" }, text), signed(value)]); }
+  function tokens(rows) { return list(rows, ([text, value]) => [h("bdi", { class: "tok" }, fastsae.visible(text, true)), signed(value)]); }
 });
 
 /** Windows of text, shaded by activation or by ΔNLL, with the value of what is pointed at or moved to. */
 fastsae.windows = (highest) => {
-  const { h, number, signed, tip } = fastsae;
+  const { h, number, signed, tip, bytes, visible } = fastsae;
+  const notes = {
+    activation: "The darker, the more active. Point at a word, or use Tab and the arrow keys, for its value.",
+    effect: "What the feature does to each token’s loss: orange where the loss rises without it, blue where it falls.",
+  };
   let shade = "activation";
-  const shown = [];
+  const shown = [], note = h("p", { class: "soft" }, notes.activation);
 
   function paint(span, activation, effect) {
     const share = shade === "activation" ? activation / highest : Math.min(1, Math.abs(effect ?? 0) / 2);
@@ -94,22 +98,44 @@ fastsae.windows = (highest) => {
     if (share) span.style.setProperty("--a", (0.12 + 0.5 * Math.min(1, share)).toFixed(2)); else span.style.removeProperty("--a");
   }
 
-  function one(window_) {
-    const line = h("p", { class: "window", dir: "auto", tabindex: 0 });
-    const spans = window_.tokens.map((text, i) => {
-      const span = h("span", null, text);
-      if (i === window_.at) span.dataset.at = "";
-      return span;
+  /** Tokens that make one character together are one piece: { text, places }. */
+  function pieces(w) {
+    const found = [];
+    let places = [];
+    w.tokens.forEach((text, i) => {
+      places.push(i);
+      if (w.parts.has(i)) return;
+      found.push({ text, places });
+      places = [];
     });
-    const entry = { spans, window: window_, place: window_.at };
-    const tell = (i) => {
-      const effect = window_.effects?.[i];
-      tip.over(spans[i], `${number(window_.activations[i])}${effect === undefined ? "" : ` · ΔNLL ${signed(effect, 3)}`}`);
-      spans.forEach((span, n) => span.toggleAttribute("data-here", n === i));
+    return found;
+  }
+
+  /** Most of the letters decide: a window begins anywhere, so its first letter, which dir=auto goes by, says little. */
+  function direction(all) {
+    const text = all.map((piece) => piece.text).join("").replace(bytes, "");
+    const right = text.match(/[\p{Script=Arabic}\p{Script=Hebrew}\p{Script=Syriac}\p{Script=Thaana}\p{Script=Nko}]/gu)?.length ?? 0;
+    const letters = text.match(/\p{L}/gu)?.length ?? 0;
+    return letters ? (2 * right > letters ? "rtl" : "ltr") : "auto";
+  }
+
+  function one(w) {
+    const all = pieces(w);
+    const line = h("p", { class: "window", dir: direction(all), tabindex: 0 });
+    const spans = all.map(({ text, places }, n) => h("span", { "data-at": places.includes(w.at) }, visible(text, !n)));
+    const entry = { all, spans, w, place: all.findIndex(({ places }) => places.includes(w.at)) };
+    const said = (i) => {
+      const effect = w.effects?.[i];
+      return `${number(w.activations[i])}${effect === undefined ? "" : ` · ΔNLL ${signed(effect, 3)}`}`;
+    };
+    const tell = (n) => {
+      const { places } = all[n];
+      tip.over(spans[n], places.length === 1 ? said(places[0]) : places.map((i) => `part ${i - places[0] + 1}: ${said(i)}`).join(" | "));
+      spans.forEach((span, i) => span.toggleAttribute("data-here", i === n));
     };
     const silent = () => { tip.hide(); spans.forEach((span) => span.removeAttribute("data-here")); };
     line.append(...spans);
-    line.addEventListener("pointerover", (event) => { const i = spans.indexOf(event.target); if (i >= 0) tell(i); });
+    line.addEventListener("pointerover", (event) => { const n = spans.findIndex((span) => span.contains(event.target)); if (n >= 0) tell(n); });
     line.addEventListener("pointerleave", silent);
     line.addEventListener("focus", () => tell(entry.place));
     line.addEventListener("blur", silent);
@@ -124,18 +150,23 @@ fastsae.windows = (highest) => {
     });
     shown.push(entry);
     repaint(entry);
-    return h("li", null, h("span", { class: "value" }, number(window_.activations[window_.at])), line);
+    return h("li", null, h("span", { class: "value" }, number(w.activations[w.at])), line);
   }
 
-  function repaint({ spans, window: w }) { spans.forEach((span, i) => paint(span, w.activations[i], w.effects?.[i])); }
+  function repaint({ all, spans, w }) {
+    const strongest = (values, places) => places.map((i) => values[i]).reduce((a, b) => Math.abs(b) > Math.abs(a) ? b : a);
+    spans.forEach((span, n) => paint(span, strongest(w.activations, all[n].places), w.effects && strongest(w.effects, all[n].places)));
+  }
 
   return {
+    note,
     list: (windows, label) => h("ol", { class: "windows", "aria-label": label }, windows.map(one)),
     toggle() {
       const make = (name, text) => h("button", { type: "button", class: "small", "aria-pressed": String(name === shade), click: (event) => {
         shade = name;
         for (const other of event.target.parentElement.children) other.setAttribute("aria-pressed", String(other === event.target));
-        shown.filter((entry) => entry.window.effects).forEach(repaint);
+        shown.filter((entry) => entry.w.effects).forEach(repaint);
+        note.textContent = notes[shade];
       } }, text);
       return h("div", { class: "choice", role: "group", "aria-label": "Shade the strongest examples by" },
         make("activation", "activation"), make("effect", "ΔNLL without it"));

@@ -28,14 +28,24 @@ fastsae.page("features", async (main, _argument, query) => {
   const only = h("select", { id: "proxy" }, h("option", { value: "" }, "all"), proxies.map((name) => h("option", { value: name, selected: name === state.proxy }, name)));
   const found = h("p", { class: "soft", role: "status" });
   const body = h("div", { class: "rows", role: "list", "aria-label": "Features" });
+  const head = h("div", { class: "heads", role: "group", "aria-label": "Sort by" }, [
+    ["feature", "number", "f"], [has.explanations ? "explained" : null, has.explanations ? "explanation" : "", "what"], has.logits && ["token", "makes likelier", "token"],
+    ["score", "proxy, r", "proxy"], ["density", "density", "num"], ["max", "maximum", "num wide-only"], has.match && ["match", "match", "num wide-only"],
+  ].filter(Boolean).map(([name, text, style]) => name
+    ? h("button", { type: "button", class: style, "data-sort": name, click: () => {
+        state.down = state.sort === name ? !state.down : orders[name].down; state.sort = sort.value = name; update(); } }, text)
+    : h("span", { class: style }, text)));
+  if (!has.logits) main.classList.add("no-token");
+  if (!has.match) main.classList.add("no-match");
   const frame = h("div", { class: "scroller", tabindex: 0, role: "region", "aria-label": "Features; arrow keys move, Enter opens" }, body);
   main.append(
     h("h1", null, "Features"),
     h("div", { class: "controls" },
-      h("label", { for: "q" }, "Search"), search, h("label", { for: "sort" }, "Sort by"), sort, way,
-      proxies.length && [h("label", { for: "proxy" }, "Closest to"), only],
+      h("div", { class: "find" }, h("label", { for: "q" }, "Search"), search),
+      h("div", null, h("label", { for: "sort" }, "Sort by"), sort, way),
+      proxies.length ? h("div", null, h("label", { for: "proxy" }, "Closest to"), only) : null,
       state.cluster && h("a", { class: "tag", href: "#/features" }, `cluster ${state.cluster} ✕`)),
-    found, frame);
+    found, head, frame);
 
   search.addEventListener("input", () => { state.q = search.value; update(); });
   sort.addEventListener("change", () => { state.sort = sort.value; state.down = orders[state.sort].down; update(); });
@@ -59,6 +69,11 @@ fastsae.page("features", async (main, _argument, query) => {
       if (words.every((word) => texts[i].includes(word))) rows.push(i);
     }
     order(rows);
+    for (const button of head.querySelectorAll("button")) {
+      const mine = button.dataset.sort === state.sort;
+      button.setAttribute("aria-pressed", String(mine));
+      button.dataset.way = mine ? (state.down ? "↓" : "↑") : "";
+    }
     way.textContent = state.down ? "↓ high first" : "↑ low first";
     found.textContent = rows.length === F ? `${count(F)} features` : `${count(rows.length)} of ${count(F)} features`;
     body.style.height = `${rows.length * height}px`;
@@ -93,10 +108,10 @@ fastsae.page("features", async (main, _argument, query) => {
       h("a", { href: `#/feature/${f}`, tabindex: -1 },
         h("span", { class: "f" }, String(f)),
         h("span", { class: "what" },
-          said ? h("bdi", null, said) : h("span", { class: "soft" }, it.max[i] ? (has.explanations ? "not explained" : "") : "never fired"),
+          said ? h("bdi", null, said) : h("span", { class: "soft" }, it.max[i] ? (has.explanations ? "–" : "") : "never fired"),
           it.explained[i] !== null && h("span", { class: "soft" }, ` ${fixed(it.explained[i])}`),
           it.ultra_low[i] ? h("span", { class: "tag" }, "ultra-low") : null),
-        has.logits && h("span", { class: "token" }, h("bdi", { class: "tok" }, it.token[i])),
+        has.logits && h("span", { class: "token" }, h("bdi", { class: "tok" }, fastsae.visible(it.token[i], true))),
         h("span", { class: "proxy" }, it.proxy[i] < 0 ? "" : [proxies[it.proxy[i]], " ", h("b", null, fixed(it.score[i]))]),
         h("span", { class: "num" }, percent(it.density[i])),
         h("span", { class: "num wide-only" }, number(it.max[i])),

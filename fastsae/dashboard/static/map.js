@@ -43,7 +43,7 @@ fastsae.map = () => {
     canvas.width = w * ratio; canvas.height = height * ratio;
     const pen = canvas.getContext("2d");
     pen.scale(ratio, ratio);
-    const size = Math.max(1.6, Math.min(7, (it.x.length > 5000 ? 1.8 : 4) * Math.sqrt(view.scale / view.first)));
+    const size = Math.max(1.6, Math.min(7, (it.x.length > 5000 ? 1.8 : 5) * Math.sqrt(view.scale / view.first)));
     const grey = charts.color("soft");
     for (let i = 0; i < it.x.length; i++) {
       const x = sx(i), y = sy(i);
@@ -51,7 +51,8 @@ fastsae.map = () => {
       const c = it.cluster[i];
       pen.globalAlpha = mine[i] ? (c < 0 ? 0.45 : 0.9) : 0.25;
       pen.fillStyle = c < 0 ? grey : hues[c % hues.length];
-      pen.fillRect(x - size / 2, y - size / 2, size, size);
+      if (it.x.length > 5000) pen.fillRect(x - size / 2, y - size / 2, size, size);
+      else { pen.beginPath(); pen.arc(x, y, size / 2, 0, 7); pen.fill(); }
     }
     pen.globalAlpha = 1;
     if (chosen >= 0) {
@@ -115,9 +116,10 @@ fastsae.map = () => {
 
   function tell() {
     const box = canvas.getBoundingClientRect();
-    tip.at(`feature ${it.feature[chosen]}${it.cluster[chosen] < 0 ? "" : ` · cluster ${it.cluster[chosen]}`}`, box.left + sx(chosen), box.top + sy(chosen) - 6);
+    tip.at(`feature ${it.feature[chosen]}${it.cluster[chosen] < 0 ? "" : ` · ${named(it.cluster[chosen])}`}`, box.left + sx(chosen), box.top + sy(chosen) - 6);
   }
 
+  const named = (c) => it.names[c] ? `${it.names[c]} (cluster ${c})` : `cluster ${c}`;
   const open = (i) => { location.hash = `#/feature/${it.feature[i]}`; };
 
   function key(event) {
@@ -155,7 +157,7 @@ fastsae.map = () => {
     place.querySelector(".clusters").append(...largest.flatMap(([c, n]) => {
       const swatch = h("span", { class: "swatch", "aria-hidden": "true" });
       swatch.style.background = hues[c % hues.length];
-      return [h("a", { class: "tag", href: `#/features?cluster=${c}` }, swatch, `cluster ${c} (${n})`), " "];
+      return [h("a", { class: "tag", href: `#/features?cluster=${c}` }, swatch, `${named(c)}: ${fastsae.count(n)}`), " "];
     }));
   }
 

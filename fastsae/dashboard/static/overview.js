@@ -12,22 +12,27 @@ fastsae.page("overview", async (main) => {
     h("p", null, h("a", { class: "button", href: "#/features" }, "All features"), " ",
       h("a", { class: "button", href: `#/feature/${Math.floor(Math.random() * it.d_sae)}` }, "One at random")),
   );
-  if (it.categories.length) main.append(section("Where to begin",
-    "The feature that follows each category best, chosen on one half of the documents and scored on the other.",
-    table(["category", "feature", "Pearson’s r", "best neuron", "specificity", "base rate"], it.categories.map((row) => [
-      row.name, link(row.feature), fixed(row.pearson), fixed(row.neuron_pearson), percent(row.specificity), percent(row.base_rate),
-    ]), { label: "Best feature of every category" })));
-  main.append(section("How often features fire", densityNote(it.density), density(it.density)));
-  if (it.quality) main.append(section("Quality", "The paper’s figures are of a larger model: something to compare with.",
-    table(it.quality.head, it.quality.rows, { label: "Quality" })));
-  if (it.goals.length) main.append(section("Goals", null,
-    table(["", "goal", "here", ""], it.goals.map((row) => [row.name, row.goal, row.value, row.met ? "met" : "missed"]), { label: "Goals" })));
-  if (it.has.map) main.append(section("Map",
-    "Decoder rows in the plane (UMAP); what lies together points the same way. Colours are HDBSCAN’s clusters of this plane, grey is in none. " +
-    "Drag or arrow keys to move, wheel or + and − to zoom, click or Enter to open.", fastsae.map()));
-  if (it.has.split) main.append(section("Splitting",
-    "Features of narrower and wider dictionaries that fire together: what one feature holds in a small dictionary, several share in a large one.",
-    fastsae.splitting()));
+  main.append(
+    two(
+      it.categories.length && section("Where to begin",
+        "The feature that follows each category best, chosen on one half of the documents and scored on the other.",
+        table(["category", "feature", "Pearson’s r", "best neuron", "specificity", "base rate"], it.categories.map((row) => [
+          row.name, link(row.feature), fixed(row.pearson), fixed(row.neuron_pearson), percent(row.specificity), percent(row.base_rate),
+        ]), { label: "Best feature of every category" })),
+      section("How often features fire", densityNote(it.density), density(it.density))),
+    it.has.map ? section("Map",
+      "Decoder rows in the plane (UMAP): what lies together points the same way. Colours are HDBSCAN’s clusters of this plane, grey is in none. " +
+      "Drag or arrow keys to move, wheel or + and − to zoom, click or Enter to open.", fastsae.map()) : "",
+    it.has.split ? section("Splitting",
+      "Features of narrower and wider dictionaries that fire together: what one feature holds in a small dictionary, several share in a large one.",
+      fastsae.splitting()) : "",
+    two(
+      it.quality && section("Quality", "The paper’s figures are of a larger model: something to compare with.",
+        table(it.quality.head, it.quality.rows, { label: "Quality" })),
+      it.goals.length && section("Goals", null,
+        table(["", "goal", "here", ""], it.goals.map((row) => [row.name, row.goal, row.value, row.met ? "met" : "missed"]), { label: "Goals" }))));
+
+  function two(...parts) { return h("div", { class: "two" }, parts.filter(Boolean)); }
 
   function section(title, note, ...children) {
     return h("section", null, h("h2", null, title), note && h("p", { class: "soft" }, note), children);
