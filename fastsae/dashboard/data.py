@@ -2,12 +2,13 @@
 
     overview(facts), feature_rows(facts), feature_card(facts, 7), comparison(facts), splitting(facts), feature_map(facts)
 
-Text is as a reader should see it (`spelled`), not yet escaped: who puts it into a page does that. Axes: F features,
+Text is as a reader should see it (`Spelling`), not yet escaped: who puts it into a page does that. Axes: F features,
 W tokens of a window, P proxies.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from typing import Any
@@ -21,8 +22,9 @@ from fastsae.report import QUALITY
 from fastsae.visible import visible
 
 TOP, INTERVALS, PER_INTERVAL, BOTTOM = 20, 11, 5, 20  # the card of Bricken et al. 2023
-AROUND_TOP, AROUND = 12, 8  # tokens of context on each side; the paper shows 4
+AROUND_TOP, AROUND = 10, 4  # tokens of context on each side; the paper's 4
 _LONGEST = 48  # characters of a token that are shown
+_RUNS = 100_000  # of tokens that are parts of characters, remembered
 _EXPLANATION = 300  # characters of an explanation in the list
 _EDGES = 40_000  # of the splitting graph that are shown at most, of each step
 
@@ -36,58 +38,74 @@ def short(value: Any, digits: int = 3) -> float | None:
     return float(f"{number:.{digits}g}") if math.isfinite(number) else None
 
 
-def spelled(bytes_of: TokenBytes, token_ids: Any) -> list[str]:
-    """Tokens of one window as a reader should see them: characters whole (labels.readable), controls visible."""
-    return [_shown(text) for text in readable([bytes_of[int(i)] for i in token_ids])]
+class Spelling:
+    """Tokens as a reader should see them: characters whole (labels.readable), controls visible, no longer than 48.
+
+    A token of whole characters is spelled once, and so is each run of tokens between such ones.
+    """
+
+    def __init__(self, bytes_of: TokenBytes) -> None:
+        self._bytes_of = bytes_of
+        self._known: dict[int, str | None] = {}
+        self._runs: dict[tuple[int, ...], tuple[list[str], list[int]]] = {}
+
+    def one(self, token: int) -> str:
+        """A token that stands alone."""
+        return self.window(np.array([token]))[0][0]
+
+    def window(self, token_ids: np.ndarray) -> tuple[list[str], list[int]]:
+        """(text of every token, places of `parts`: tokens that only begin, or continue, a character which a later one
+        completes, and which are shown together with it)."""
+        known, ids = self._known, token_ids.tolist()
+        whole = [known[i] if i in known else self._whole(i) for i in ids]
+        if None not in whole:
+            return whole, []  # type: ignore[return-value]
+        texts: list[str] = []
+        parts: list[int] = []
+        for broken, group in itertools.groupby(zip(ids, whole, strict=True), lambda pair: pair[1] is None):
+            if not broken:
+                texts += [text for _, text in group if text is not None]
+                continue
+            run, inside = self._run(tuple(i for i, _ in group))
+            parts += [len(texts) + place for place in inside]
+            texts += run
+        return texts, parts
+
+    def _whole(self, token: int) -> str | None:
+        """The token's text, None where it is part of a character."""
+        try:
+            text = self._bytes_of[token].decode("utf-8")
+            found = None if "\ufffd" in text else _shown(text)
+        except UnicodeDecodeError:
+            found = None
+        self._known[token] = found
+        return found
+
+    def _run(self, ids: tuple[int, ...]) -> tuple[list[str], list[int]]:
+        if ids not in self._runs:
+            if len(self._runs) > _RUNS:
+                self._runs.clear()
+            pieces = [self._bytes_of[i] for i in ids]
+            self._runs[ids] = [_shown(text) for text in readable(pieces)], _parts(pieces)
+        return self._runs[ids]
 
 
 def _shown(text: str) -> str:
     return visible(text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…")
 
 
-def parts_of_next(bytes_of: TokenBytes, token_ids: Any) -> list[int]:
-    """Places of the tokens of a window that only begin, or continue, a character which a later token completes: with
-    the tokens after them they are shown as that character."""
-    pieces = [bytes_of[int(i)] for i in token_ids]
+def _parts(pieces: list[bytes]) -> list[int]:
+    """Places of pieces all of whose bytes belong to a character that ends in a later piece."""
     data = np.frombuffer(b"".join(pieces), dtype=np.uint8)
     points, character = decode_utf8(data)
-    ends = np.cumsum([len(piece) for piece in pieces])
-    found = []
-    for place, (piece, end) in enumerate(zip(pieces, ends.tolist(), strict=True)):
-        if not piece or end == len(data):
-            continue
-        last = character[end - 1]  # the character goes on in the next token, and none ends in this one
-        if character[end] == last and points[last] != 0xFFFD and (character[end - len(piece) : end] == last).all():
+    found, begin = [], 0
+    for place, piece in enumerate(pieces):
+        end = begin + len(piece)
+        of = character[end - 1]
+        if end < len(data) and character[begin] == of == character[end] and points[of] != 0xFFFD:
             found.append(place)
+        begin = end
     return found
-
-
-class Spelling:
-    """`spelled` and `parts_of_next` for many windows: tokens that are whole characters are spelled once."""
-
-    def __init__(self, bytes_of: TokenBytes) -> None:
-        self._bytes_of = bytes_of
-        self._known: dict[int, str | None] = {}
-
-    def __call__(self, token_ids: Any) -> list[str]:
-        return self.window(token_ids)[0]
-
-    def window(self, token_ids: Any) -> tuple[list[str], list[int]]:
-        """(text of every token, places of those that are part of the next one's character)."""
-        found = [self._whole(int(i)) for i in token_ids]
-        if None in found:
-            return spelled(self._bytes_of, token_ids), parts_of_next(self._bytes_of, token_ids)
-        return found, []  # type: ignore[return-value]
-
-    def _whole(self, token: int) -> str | None:
-        """The token's text, None where it is part of a character."""
-        if token not in self._known:
-            try:
-                text = self._bytes_of[token].decode("utf-8")
-                self._known[token] = None if "\ufffd" in text else _shown(text)
-            except UnicodeDecodeError:
-                self._known[token] = None
-        return self._known[token]
 
 
 # --- one feature ----------------------------------------------------------------------------------------------------
@@ -127,10 +145,8 @@ def _window(example: Example, spell: Spelling, effects: np.ndarray | None = None
     found: dict[str, Any] = {
         "tokens": tokens,
         "parts": parts,
-        "activations": [short(a) for a in example.activations],
+        "activations": [short(a) if a else 0.0 for a in example.activations.tolist()],
         "at": example.at,
-        "document": example.document,
-        "position": example.position,
     }
     if effects is not None:
         found["effects"] = [round(float(e), 3) for e in effects]
@@ -173,7 +189,7 @@ def _logits(facts: Facts, f: int, spell: Spelling) -> dict[str, Any] | None:
         return None
 
     def named(ids: np.ndarray, values: np.ndarray) -> list[list[Any]]:
-        return [[spell([i])[0], short(v)] for i, v in zip(ids, values, strict=True)]
+        return [[spell.one(int(i)), short(v)] for i, v in zip(ids, values, strict=True)]
 
     return {
         "top": named(found.top[f], found.top_values[f]),
@@ -250,7 +266,7 @@ def feature_rows(facts: Facts, low: int = 0, high: int | None = None) -> dict[st
         "match": [_matched(facts, f) for f in numbers],
         "explanation": ["" if e is None else visible(e.text)[:_EXPLANATION] for e in said],
         "explained": [None if e is None or e.spearman is None else short(e.spearman) for e in said],
-        "token": [""] * len(numbers) if tokens is None else [spell([i])[0] for i in tokens],
+        "token": [""] * len(numbers) if tokens is None else [spell.one(int(i)) for i in tokens],
         "logit": [None] * len(numbers) if weights is None else [short(w) for w in weights],
         "cluster": [facts.clusters.get(f, -1) for f in numbers],
         "ultra_low": low_density.astype(int).tolist(),

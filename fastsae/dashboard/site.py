@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import bisect
 import json
-import re
 import shutil
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +32,14 @@ _LARGEST = 1_500_000  # bytes of a data file
 _CARDS = 64  # in a file: a page waits for the file its card is in
 _ROWS = 2048  # of the list, in a file: their text may take 800 bytes each
 _POINTS = 50_000  # of a column in a file
-_BETWEEN, _WITHIN = "\x7f", "\x80"  # after tokens of a packed window, and after parts of a character; `visible` leaves
-# neither in a token, and JSON does not escape them
+_DIGITS = "".join(chr(c) for c in range(0x23, 0x7F) if chr(c) != "\\")  # 91, which JSON does not escape
+_PART = "\x80"  # after the text of a token of `parts`; `visible` leaves none in a text
 
 
 def write_site(out: str | Path, facts: Facts, *, show_progress: bool = True) -> Path:
     """Writes the site into a folder, in the place of one that is there; returns its index.html.
 
-    Other files of the folder stay. Time: some milliseconds a feature. Size: about 10 kB a feature.
+    Other files of the folder stay. Time: some milliseconds a feature. Size: about 8 kB a feature.
     Raises FastSAEError where a file cannot be written.
     """
     out = Path(out)
@@ -82,7 +82,7 @@ class _Writer:
         folder.mkdir(parents=True, exist_ok=True)
 
     def put(self, name: str, value: Any) -> None:
-        self._put(name, json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False))
+        self._put(name, _json(value))
 
     def _put(self, name: str, text: str) -> None:
         # Half a surrogate pair, which a Python string may hold, becomes a question mark.
@@ -93,28 +93,23 @@ class _Writer:
         """Cards by file; returns the first feature of each file."""
         spelling = data.Spelling(facts.bytes_of)
         starts: list[int] = []
-        waiting: list[str] = []
-        size, first = 0, 0
-
-        def flush(following: int) -> None:
-            nonlocal size, first
-            if waiting:
-                self._put(f"cards-{len(starts)}", "[" + ",".join(waiting) + "]")
-                starts.append(first)
-            waiting.clear()
-            size, first = 0, following
-
-        for f in range(facts.d_sae):
-            card = pack(data.feature_card(facts, f, spelling))
-            text = json.dumps(card, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-            needs = len(text.encode("utf-8", "replace"))
-            if len(waiting) == _CARDS or size + needs > _LARGEST:
-                flush(f)
-            waiting.append(text)
-            size += needs
-            meter.advance(1)
-        flush(facts.d_sae)
+        for first in range(0, facts.d_sae, _CARDS):
+            some = []
+            for f in range(first, min(first + _CARDS, facts.d_sae)):
+                some.append(data.feature_card(facts, f, spelling))
+                meter.advance(1)
+            self._cards(some, starts)
         return starts
+
+    def _cards(self, some: list[dict[str, Any]], starts: list[int]) -> None:
+        """In one file, or in two halves where that would be too large."""
+        text = _json(pack(some))
+        if len(text.encode("utf-8", "replace")) > _LARGEST and len(some) > 1:
+            self._cards(some[: len(some) // 2], starts)
+            self._cards(some[len(some) // 2 :], starts)
+            return
+        self._put(f"cards-{len(starts)}", text)
+        starts.append(some[0]["feature"])
 
     def rows(self, facts: Facts) -> int:
         begins = range(0, facts.d_sae, _ROWS)
@@ -148,29 +143,55 @@ class _Writer:
 # --- cards in little space ------------------------------------------------------------------------------------------
 
 
-def pack(card: dict[str, Any]) -> dict[str, Any]:
-    """A card as it is written: windows with their tokens as one string and only the tokens where something is."""
-    return _with_windows(card, _packed)
+def pack(cards: list[dict[str, Any]]) -> dict[str, Any]:
+    """Cards as a file holds them. tokens: the different texts, the commonest first, those of `parts` with a mark at
+    their end. width: digits of base 91 that a token's number in this list takes. cards: windows with their text as such
+    numbers, and of activations and effects only what is not 0."""
+    counts = Counter(text for card in cards for window in _windows(card) for text in _marked(window))
+    tokens = [text for text, _ in counts.most_common()]
+    width = next(w for w in range(1, 9) if len(tokens) <= len(_DIGITS) ** w)
+    codes = {text: _code(number, width) for number, text in enumerate(tokens)}
+    return {"tokens": tokens, "width": width, "cards": [_changed(card, lambda w: _packed(w, codes)) for card in cards]}
 
 
-def unpack(card: dict[str, Any]) -> dict[str, Any]:
-    """The card of `data.feature_card` from a packed one."""
-    return _with_windows(card, _unpacked)
+def unpack(file: dict[str, Any], place: int) -> dict[str, Any]:
+    """One card of a packed file, as `data.feature_card` gave it."""
+    return _changed(file["cards"][place], lambda window: _unpacked(window, file["tokens"], file["width"]))
 
 
-def _with_windows(card: dict[str, Any], change: Any) -> dict[str, Any]:
+def _windows(card: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield from card["top"]
+    yield from card["bottom"]
+    for part in card["intervals"]:
+        yield from part["windows"]
+
+
+def _changed(card: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
+    """The card with all of its windows changed."""
     intervals = [part | {"windows": [change(w) for w in part["windows"]]} for part in card["intervals"]]
     both = {name: [change(window) for window in card[name]] for name in ("top", "bottom")}
     return card | both | {"intervals": intervals}
 
 
-def _packed(window: dict[str, Any]) -> list[Any]:
-    """[text, place of the chosen token, document, position, places, activations], and places and effects if any."""
+def _marked(window: dict[str, Any]) -> list[str]:
+    if not window["parts"]:
+        return window["tokens"]
     parts = set(window["parts"])
-    text = "".join(token + (_WITHIN if i in parts else _BETWEEN) for i, token in enumerate(window["tokens"]))[:-1]
+    return [text + _PART if i in parts else text for i, text in enumerate(window["tokens"])]
+
+
+def _code(number: int, width: int) -> str:
+    digits = []
+    for _ in range(width):
+        number, digit = divmod(number, len(_DIGITS))
+        digits.append(_DIGITS[digit])
+    return "".join(reversed(digits))
+
+
+def _packed(window: dict[str, Any], codes: dict[str, str]) -> list[Any]:
+    """[text, place of the chosen token, places, activations], and places and effects if any."""
     found = [
-        text, window["at"], window["document"], window["position"],
-        *_sparse(window["activations"]),
+        "".join([codes[text] for text in _marked(window)]), window["at"], *_sparse(window["activations"]),
     ]  # fmt: skip
     return [*found, *_sparse(window["effects"])] if "effects" in window else found
 
@@ -180,14 +201,20 @@ def _sparse(values: list[float]) -> tuple[list[int], list[float]]:
     return places, [values[i] for i in places]
 
 
-def _unpacked(window: list[Any]) -> dict[str, Any]:
-    text, at, document, position, *columns = window
-    tokens = re.split(f"[{_BETWEEN}{_WITHIN}]", text)
-    ends = re.findall(f"[{_BETWEEN}{_WITHIN}]", text)
-    parts = [i for i, end in enumerate(ends) if end == _WITHIN]
-    found = {"tokens": tokens, "parts": parts, "activations": _dense(len(tokens), *columns[:2]), "at": at, "document": document,
-             "position": position}  # fmt: skip
-    return found | ({"effects": _dense(len(tokens), *columns[2:])} if columns[2:] else {})
+def _unpacked(window: list[Any], tokens: list[str], width: int) -> dict[str, Any]:
+    text, at, *columns = window
+    texts = []
+    for start in range(0, len(text), width):
+        number = 0
+        for digit in text[start : start + width]:
+            number = number * len(_DIGITS) + _DIGITS.index(digit)
+        texts.append(tokens[number])
+    found = {
+        "tokens": [one.removesuffix(_PART) for one in texts],
+        "parts": [i for i, one in enumerate(texts) if one.endswith(_PART)],
+        "activations": _dense(len(texts), *columns[:2]), "at": at,
+    }  # fmt: skip
+    return found | ({"effects": _dense(len(texts), *columns[2:])} if columns[2:] else {})
 
 
 def _dense(length: int, places: Iterable[int], values: Iterable[float]) -> list[float]:
@@ -195,6 +222,10 @@ def _dense(length: int, places: Iterable[int], values: Iterable[float]) -> list[
     for place, value in zip(places, values, strict=True):
         found[place] = value
     return found
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
 # --- reading it again -----------------------------------------------------------------------------------------------
@@ -223,7 +254,7 @@ def read_card(folder: str | Path, f: int) -> dict[str, Any]:
         raise FastSAEError(f"features must be numbers from 0 to {overview['d_sae'] - 1}, got {f}")
     starts = overview["about"]["cards"]
     number = bisect.bisect_right(starts, f) - 1
-    return unpack(_read(Path(folder), f"cards-{number}")[f - starts[number]])
+    return unpack(_read(Path(folder), f"cards-{number}"), f - starts[number])
 
 
 def _about(folder: str | Path) -> dict[str, Any]:

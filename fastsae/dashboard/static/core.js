@@ -46,19 +46,30 @@ const fastsae = (() => {
       const middle = (low + high + 1) >> 1;
       if (about.cards[middle] <= f) low = middle; else high = middle - 1;
     }
-    const packed = (await load(`cards-${low}`))[f - about.cards[low]];
+    const { tokens, width, cards } = await load(`cards-${low}`);
+    const packed = cards[f - about.cards[low]], open = (window_) => unpack(window_, tokens, width);
     return {
       ...packed,
-      top: packed.top.map(unpack), bottom: packed.bottom.map(unpack),
-      intervals: packed.intervals.map((part) => ({ ...part, windows: part.windows.map(unpack) })),
+      top: packed.top.map(open), bottom: packed.bottom.map(open),
+      intervals: packed.intervals.map((part) => ({ ...part, windows: part.windows.map(open) })),
     };
   }
 
-  function unpack([text, at, document_, position, places, activations, where, effects]) {
-    const tokens = text.split(/[\x7f\x80]/), ends = text.match(/[\x7f\x80]/g) ?? [];
-    const parts = new Set(ends.flatMap((end, i) => end === "\x80" ? [i] : []));  // of the character of the token after them
+  const digits = Array.from({ length: 92 }, (_, i) => String.fromCharCode(0x23 + i)).filter((c) => c !== "\\");
+  const worth = new Map(digits.map((c, i) => [c, i]));
+
+  /** A window as site.py packs it: tokens as numbers of base 91 in the file's list, of values only what is not 0. */
+  function unpack([text, at, places, activations, where, effects], known, width) {
+    const tokens = [], parts = new Set();  // parts: tokens of the character of the token after them
+    for (let i = 0; i < text.length; i += width) {
+      let n = 0;
+      for (let k = i; k < i + width; k++) n = n * digits.length + worth.get(text[k]);
+      const part = known[n].endsWith("\x80");
+      if (part) parts.add(tokens.length);
+      tokens.push(part ? known[n].slice(0, -1) : known[n]);
+    }
     const dense = (p, v) => { const found = new Array(tokens.length).fill(0); p.forEach((i, n) => { found[i] = v[n]; }); return found; };
-    return { tokens, parts, at, document: document_, position, activations: dense(places, activations),
+    return { tokens, parts, at, activations: dense(places, activations),
              effects: where ? dense(where, effects) : null };
   }
 

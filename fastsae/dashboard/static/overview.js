@@ -16,7 +16,7 @@ fastsae.page("overview", async (main) => {
     two(
       it.categories.length && section("Where to begin",
         "The feature that follows each category best, chosen on one half of the documents and scored on the other.",
-        table(["category", "feature", "Pearson’s r", "best neuron", "specificity", "base rate"], it.categories.map((row) => [
+        table(["category", "feature", "Pearson’s r", "neuron’s r", "specific", "base rate"], it.categories.map((row) => [
           row.name, link(row.feature), fixed(row.pearson), fixed(row.neuron_pearson), percent(row.specificity), percent(row.base_rate),
         ]), { label: "Best feature of every category" })),
       section("How often features fire", densityNote(it.density), density(it.density))),
