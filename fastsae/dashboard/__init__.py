@@ -1,1 +1,1 @@
-"""A place to look at features: a static site, a server with live questions, a card for notebooks."""
+"""A place to look: the site of a dictionary's features, the server behind it, and its card in a notebook."""
