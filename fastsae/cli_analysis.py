@@ -186,7 +186,7 @@ def serve(
         if note is not None:
             _say(note)
         if not run.is_loopback(host):
-            _say(f"warning: whoever can reach {host} can read this report and use the model; nothing asks for a password")
+            _say(f"warning: whoever can reach {host} can read this report and use the model: there is no password")
         address = run.address(socket)
         _say(f"{address} (Ctrl-C to end)")
         run.serve(stored, live, note, host, socket)

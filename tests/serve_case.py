@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +61,69 @@ def save_run(folder: Path) -> tuple[Path, Path]:
 
 
 _PIECES = [
-    "<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "\"'><svg/onload=alert(1)>", "</textarea>", "{{7*7}}",
-    "${7*7}", "javascript:alert(1)", "&lt;b&gt;", "';DROP TABLE features;--", "%00", "\0", "\x1b[31m", "\x07\x08\x7f", "\r\n",
-    "\u202e\u2066\u2069", "\u200b\ufeff", "\ud800", "\udfff\ud800", "\U0001f469\u200d\U0001f680", "\u0301" * 30, "قطة", "‹D8›",
-    "../../../../etc/passwd", "..\\..\\windows\\win.ini", "%2e%2e%2f", "....//", "/etc/passwd", "file:///etc/passwd", "C:\\", "~root",
-    "\x85\u2028\u2029", "NaN", "Infinity", "-1", "1e999", "9" * 400, "0x10", "null", "[]", "regex:", "regex:(", "regex:(a+)+$",
-    "regex:" + "(" * 150, "regex:a{1,60000}{1,60000}", "regex:\\p{Nope}", "regex:(?R)", "tokens:", "tokens:,", "ids:99999999999999999999",
-    "ids:-1", "x=regex:.", "=", ":", "proxy:", "<|end|>", "%s%n%x", "\\", "\\u0000", "a" * 5000, " ", "\t", "",
-]  # fmt: skip
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "\"'><svg/onload=alert(1)>",
+    "</textarea>",
+    "{{7*7}}",
+    "${7*7}",
+    "javascript:alert(1)",
+    "&lt;b&gt;",
+    "';DROP TABLE features;--",
+    "%00",
+    "\0",
+    "\x1b[31m",
+    "\x07\x08\x7f",
+    "\r\n",
+    "\u202e\u2066\u2069",
+    "\u200b\ufeff",
+    "\ud800",
+    "\udfff\ud800",
+    "\U0001f469\u200d\U0001f680",
+    "\u0301" * 30,
+    "قطة",
+    "‹D8›",
+    "../../../../etc/passwd",
+    "..\\..\\windows\\win.ini",
+    "%2e%2e%2f",
+    "....//",
+    "/etc/passwd",
+    "file:///etc/passwd",
+    "C:\\",
+    "~root",
+    "\x85\u2028\u2029",
+    "NaN",
+    "Infinity",
+    "-1",
+    "1e999",
+    "9" * 400,
+    "0x10",
+    "null",
+    "[]",
+    "regex:",
+    "regex:(",
+    "regex:(a+)+$",
+    "regex:" + "(" * 150,
+    "regex:a{1,60000}{1,60000}",
+    "regex:\\p{Nope}",
+    "regex:(?R)",
+    "tokens:",
+    "tokens:,",
+    "ids:99999999999999999999",
+    "ids:-1",
+    "x=regex:.",
+    "=",
+    ":",
+    "proxy:",
+    "<|end|>",
+    "%s%n%x",
+    "\\",
+    "\\u0000",
+    "a" * 5000,
+    " ",
+    "\t",
+    "",
+]
 
 
 def hostile(n: int = 1000, seed: int = 0) -> list[str]:
@@ -76,3 +133,21 @@ def hostile(n: int = 1000, seed: int = 0) -> list[str]:
     while len(made) < n:
         made.append("".join(draw.choices(_PIECES, k=draw.randint(2, 4))))
     return made[:n]
+
+
+LOCAL = "http://127.0.0.1"
+
+
+def finished(client: Any, job: dict, seconds: float = 60) -> dict:
+    """The job when it is over."""
+    end = time.monotonic() + seconds
+    while job["state"] in ("waiting", "running"):
+        assert time.monotonic() < end, job
+        time.sleep(0.01)
+        job = client.get(f"/api/jobs/{job['id']}").json()
+    return job
+
+
+def post(client: Any, path: str, asked: Any) -> Any:
+    """As a page sends it: JSON in ASCII, which can carry half a surrogate pair."""
+    return client.post(f"/api/{path}", content=json.dumps(asked), headers={"content-type": "application/json"})

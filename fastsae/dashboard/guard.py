@@ -7,7 +7,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
-# The hash is that of an empty style element, which Plotly makes and fills through the CSSOM, as in the site's own pages.
+# The hash is that of an empty style element, which Plotly makes and fills through the CSSOM, as in the site's pages.
 _EMPTY = "'sha256-47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU='"
 POLICY = (
     f"default-src 'none'; script-src 'self'; style-src 'self' {_EMPTY}; img-src 'self' data:; connect-src 'self'; "

@@ -124,7 +124,7 @@ class Live:
     def activations(self, text: str) -> dict[str, Any]:
         """Which features fire on which token of a text.
 
-        tokens: text as a reader sees it, id, special, count (of active features), top (the strongest: [feature, value]).
+        tokens: text as a reader sees it, id, special, count (of active features), top (strongest: [feature, value]).
         features: the strongest first, by peak as a share of the feature's maximum in the report: feature, peak, at (the
         token with the peak), count, maximum, values ([token, value] of all tokens on which it fires).
         Raises FastSAEError for an empty text, one of more than TEXT_TOKENS tokens, and where the model stays busy.
@@ -200,7 +200,7 @@ class Live:
             if mode != "ablate" and value is None:
                 highest = 0.0 if self.maximum is None else float(self.maximum[feature])
                 if highest <= 0:
-                    raise FastSAEError(f"feature {feature} never fired in the report: give a value instead of a multiple")
+                    raise FastSAEError(f"feature {feature} never fired in the report: give a value, not a multiple")
                 value = multiple * highest
             made.append(FeatureEdit(feature, 0.0 if mode == "ablate" else float(value or 0), mode))
         if len({edit.feature for edit in made}) < len(made):

@@ -76,14 +76,14 @@ class ProxySums:
         """Raises FastSAEError where a half of the documents has no token of the category: nothing could be scored."""
         if not self.members.all():
             raise FastSAEError(
-                f"{int(self.members.sum())} of {int(self.tokens.sum())} tokens belong to {name}, and either half of the "
-                "documents needs some: read more text, or ask for something that occurs in it"
+                f"{int(self.members.sum())} of {int(self.tokens.sum())} tokens belong to {name}, and either half of "
+                "the documents needs some: read more text, or ask for something that occurs in it"
             )
 
     def table(self, top: int = 20) -> dict[str, Any]:
         """Ready for JSON. features: the `top` best by r on the half that chooses, with r, specificity, lift and recall
-        on the half that scores. neuron: the best neuron, found and scored likewise; None where all are constant. pearson:
-        [F], r of every feature on all text, to 4 places."""
+        on the half that scores. neuron: the best neuron, found and scored likewise; None where all are constant.
+        pearson: [F], r of every feature on all text, to 4 places."""
         chosen, scored = self.pearson(CHOOSE), self.pearson(SCORE)
         order = np.argsort(-chosen, kind="stable")[:top]
         base = self.members[SCORE] / max(int(self.tokens[SCORE]), 1)

@@ -111,7 +111,7 @@ def is_loopback(host: str) -> bool:
 
 @contextmanager
 def listening(host: str, port: int) -> Iterator[sockets.socket]:
-    """A socket that listens, before anything slow is begun. Raises FastSAEError for an address that is not to be had."""
+    """A socket that listens, before anything slow begins. Raises FastSAEError for an address that is not to be had."""
     if not 0 <= port <= 65535:
         raise FastSAEError(f"port must be from 0 to 65535, got {port}")
     try:

@@ -196,9 +196,7 @@ def _add_stored(app: FastAPI, server: Server) -> None:
     ) -> schemas.Rows:  # fmt: skip
         """The list of features: sorted by a column, those that hold the search text, a page of it. A proxy whose scores
         were asked for is a column too: sort=proxy:NAME."""
-        found = selected(
-            server.columns(), sort=sort, descending=descending, search=search, offset=offset, limit=limit
-        )
+        found = selected(server.columns(), sort=sort, descending=descending, search=search, offset=offset, limit=limit)
         return schemas.Rows(**found)
 
     @app.get("/api/features/{feature}", tags=["report"], responses={**_refusals(404), **_INVALID})
@@ -215,9 +213,7 @@ def _add_stored(app: FastAPI, server: Server) -> None:
         match = server.match or server.stored.match
         if match is None:
             raise HTTPException(404, "the report holds no comparison: analyze with --other-sae, or run fastsae match")
-        found = selected(
-            matched(match), sort=sort, descending=descending, search=search, offset=offset, limit=limit
-        )
+        found = selected(matched(match), sort=sort, descending=descending, search=search, offset=offset, limit=limit)
         return schemas.Compared(**found, tokens=match.tokens, medians=plain(match.medians()))
 
 
