@@ -1,5 +1,6 @@
 """The site's files and the functions behind them, against plain numpy, the model's own parts, and an HTML parser."""
 
+import base64
 import hashlib
 import json
 import re
@@ -26,6 +27,9 @@ from tests import analysis_case, site_case
 
 F = 150
 LARGEST = 2_000_000  # bytes of a file
+BANNED = (
+    ".innerHTML", ".outerHTML", "insertAdjacentHTML", "document.write", "eval(", "new Function", "http://", "https://",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +78,11 @@ class Page(HTMLParser):
 
 def test_the_page_runs_nothing_but_files_beside_it(report: Path):
     page = Page((report / "index.html").read_text("utf-8"))
-    policy = next(a["content"] for t, a in page.tags if t == "meta" and a.get("http-equiv") == "Content-Security-Policy")
+    policy = next(a["content"] for _, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
     rules = dict(part.strip().split(" ", 1) for part in str(policy).split(";"))
     empty = hashlib.sha256(b"").digest()
     assert rules["default-src"] == "'none'" and rules["script-src"] == "'self'"
-    assert rules["style-src"].split() == ["'self'", f"'sha256-{__import__('base64').b64encode(empty).decode()}'"]
+    assert rules["style-src"].split() == ["'self'", f"'sha256-{base64.b64encode(empty).decode()}'"]
     assert rules["img-src"] == "'self' data:" and rules["connect-src"] == "'self'"
     sources = [a["src"] for t, a in page.tags if t == "script"]
     sources += [a["href"] for t, a in page.tags if t == "link" and not str(a["href"]).startswith("data:")]
@@ -93,7 +97,7 @@ def test_our_scripts_make_no_html_of_text_and_ask_no_other_host():
         if path.name.startswith("plotly"):
             continue
         code = path.read_text("utf-8")
-        for banned in (".innerHTML", ".outerHTML", "insertAdjacentHTML", "document.write", "eval(", "new Function", "http://", "https://"):
+        for banned in BANNED:
             assert banned not in code, f"{path.name}: {banned}"
         assert len(code.splitlines()) < 400
 
@@ -187,8 +191,9 @@ def test_a_card_says_what_the_survey_holds(facts: Facts):
             assert len(window["tokens"]) == len(window["activations"]) == 9 and window["at"] == 4
     fires = survey.sums["fires"].sum(0)[f]
     assert card["fires"] == fires and card["density"] == pytest.approx(fires / site_case.TOKENS, rel=5e-3)
-    assert card["histogram"]["counts"] == survey.sums["histogram"].sum(0)[f, : len(card["histogram"]["counts"])].tolist()
-    assert card["histogram"]["width"] * len(card["histogram"]["counts"]) >= card["max"] * 0.999
+    counts = card["histogram"]["counts"]
+    assert counts == survey.sums["histogram"].sum(0)[f, : len(counts)].tolist()
+    assert card["histogram"]["width"] * len(counts) >= card["max"] * 0.999
     n = site_case.TOKENS / 2
     p, s = survey.sums["p"][1], {name: survey.sums[name][1, f] for name in ("f", "ff", "fp")}
     r = (n * s["fp"] - s["f"] * p) / np.sqrt((n * s["ff"] - s["f"] ** 2) * (n * p - p**2))
@@ -237,8 +242,8 @@ def modelled() -> tuple[Source, Any, Text, Cards]:
     texts = analysis_case.documents()
     source = Source(sae.eval(), model, analysis_case.HOOK)
     text = Text(tokenizer, texts, proxies(("Arabic",)))
-    (survey,) = take_survey(source, tokenizer, texts, text=text, show_progress=False, categories=("Arabic",), context=32,
-                            batch_size=4, around=5)  # fmt: skip
+    options: dict[str, Any] = {"categories": ("Arabic",), "context": 32, "batch_size": 4, "around": 5}
+    (survey,) = take_survey(source, tokenizer, texts, text=text, show_progress=False, **options)
     return source, tokenizer, text, Cards(survey)
 
 
@@ -250,8 +255,8 @@ def test_effects_of_windows_are_those_of_the_model_without_the_feature(modelled)
     sae, model = source.sae, source.model
     for example, change in zip(cards.top(feature, 5), found, strict=True):
         begin = example.position // 31 * 31
-        first = text.first[example.document]
-        ids = [tokenizer.bos_token_id, *text.ids[first + begin : min(first + begin + 31, text.first[example.document + 1])]]
+        first, last = text.first[example.document : example.document + 2]
+        ids = [tokenizer.bos_token_id, *text.ids[first + begin : min(first + begin + 31, last)]]
         batch = torch.tensor([ids])
         mlp = model.transformer.h[0].mlp
 
@@ -276,7 +281,8 @@ def test_the_site_of_a_model(modelled, tmp_path: Path):
     source, tokenizer, text, cards = modelled
     feature = int(cards.density().argmax())
     facts = Facts(
-        cards, text.bytes_of, hook=source.hook, neighbours=neighbours_of(source.sae), ultra_low=ultra_low_of(source.sae, cards),
+        cards, text.bytes_of, hook=source.hook, neighbours=neighbours_of(source.sae),
+        ultra_low=ultra_low_of(source.sae, cards),
         effects=window_effects(source, tokenizer, text, cards, [feature]),
     )  # fmt: skip
     site.write_site(tmp_path, facts, show_progress=False)
@@ -303,7 +309,7 @@ def test_a_character_in_parts_is_told_once():
 
 
 def test_four_bytes_in_four_tokens_and_a_token_across_characters():
-    pieces = ["🙂".encode()[i : i + 1] for i in range(4)] + ["a".encode() + "ق".encode()[:1], "ق".encode()[1:] + b"b"]
+    pieces = ["🙂".encode()[i : i + 1] for i in range(4)] + [b"a" + "ق".encode()[:1], "ق".encode()[1:] + b"b"]
     spell = data.Spelling(TokenBytes(np.frombuffer(b"".join(pieces), np.uint8), np.cumsum([0, *map(len, pieces)])))
     texts, parts = spell.window(np.array([0, 1, 2, 3, 4, 5]))
     assert texts[3:] == ["🙂", "a", "قb"] and parts == [0, 1, 2]
@@ -345,7 +351,7 @@ class Notebook(HTMLParser):
 
 def test_a_notebooks_card_is_escaped_and_stands_by_itself(report: Path, facts: Facts):
     all_text = ""
-    for f in range(0, 40):
+    for f in range(40):
         html = fastsae.show(f, report)._repr_html_()
         assert html == fastsae.show(f, facts)._repr_html_()
         found = Notebook(html)
