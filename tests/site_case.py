@@ -25,7 +25,8 @@ from fastsae.dashboard.facts import LOGIT_BINS, Explained, Facts, Logits, Neighb
 
 HOSTILE = [
     "<script>alert(1)</script>", "</script>", "<img src=x onerror=alert(1)>", "\"'><b>", "&lt;", "javascript:alert(1)",
-    "\u202egnp.exe", "\u2028", "\x00\x1b[31m", "\x7f", "\x80", "');fastsae.put('x", "${1}", "\\u003c", "__proto__", "\ufeff",
+    "\u202egnp.exe", "\u2028", "\x00\x1b[31m", "\x7f", "\x80", "');fastsae.put('x", "${1}", "\\u003c", "__proto__",
+    "\ufeff",
 ]  # fmt: skip
 WORDS = "the cat sat on a mat قطة على سجادة и собака бежит в город שלום עולם 猫 が 座 る".split()
 PARTS = [bytes([byte]) for byte in "ق".encode()]  # a character in two tokens
@@ -68,7 +69,8 @@ def survey(F: int, V: int = 2000, D: int = 64, seed: int = 0, proxies: tuple[str
     made.first = np.arange(0, TOKENS + 1, 1000)
     made.batches = 1
     numbers = np.flatnonzero(live).astype(np.int32)
-    for name, count, low, high in (("top", 20, 0.8, 1.0), ("bottom", 20, 1e-3, 0.05), ("sampled", 4 * STRATA, 1e-3, 1.0)):
+    kept = {"top": (20, 0.8, 1.0), "bottom": (20, 1e-3, 0.05), "sampled": (4 * STRATA, 1e-3, 1.0)}
+    for name, (count, low, high) in kept.items():
         _fill(getattr(made, name), rng, numbers, count, maximum, (low, high), V, name)
     return made
 
@@ -84,9 +86,10 @@ def _fill(
     window = (rng.uniform(0, 1, (M, W)) * (rng.uniform(0, 1, (M, W)) < 0.12) * value[:, None]).astype(np.float32)
     window[:, table.around] = value
     keys = {"top": -value, "bottom": value, "sampled": rng.uniform(0, 1, M)}
+    ids = (V ** rng.uniform(0, 1, (M, W)) - 1).astype(np.int32)  # Zipf's law
     table.load({
         "feature": feature, "half": place % 2 == 1, "value": value, "key": keys[name].astype(np.float64),
-        "where": rng.integers(0, TOKENS, M), "window": window, "ids": (V ** rng.uniform(0, 1, (M, W)) - 1).astype(np.int32),  # Zipf's law
+        "where": rng.integers(0, TOKENS, M), "window": window, "ids": ids,
     })  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """One function for each question the site and the server answer; plain dictionaries, ready for JSON.
 
-    overview(facts), feature_rows(facts), feature_card(facts, 7), comparison(facts), splitting(facts), feature_map(facts)
+    overview(facts), feature_rows(facts), feature_card(facts, 7)
+    comparison(facts), splitting(facts), feature_map(facts)
 
 Text is as a reader should see it (`Spelling`), not yet escaped: who puts it into a page does that. Axes: F features,
 W tokens of a window, P proxies.
@@ -24,6 +25,8 @@ from fastsae.visible import visible
 TOP, INTERVALS, PER_INTERVAL, BOTTOM = 20, 11, 5, 20  # the card of Bricken et al. 2023
 AROUND_TOP, AROUND = 10, 4  # tokens of context on each side; the paper's 4
 _LONGEST = 48  # characters of a token that are shown
+_CATEGORY = ("name", "feature", "pearson", "neuron_pearson", "specificity", "base_rate")  # of a row of the results
+_MEASURES = ("pearson", "held_out", "logit_pearson", "control", "neurons")  # of a Match, with a number a feature
 _RUNS = 100_000  # of tokens that are parts of characters, remembered
 _EXPLANATION = 300  # characters of an explanation in the list
 _EDGES = 40_000  # of the splitting graph that are shown at most, of each step
@@ -293,8 +296,7 @@ def overview(facts: Facts) -> dict[str, Any]:
         "density": density_histogram(facts),
         "quality": _quality(results.get("quality") or {}),
         "categories": [
-            {name: row.get(name) for name in ("name", "feature", "pearson", "neuron_pearson", "specificity", "base_rate")}
-            for row in results.get("categories") or []
+            {name: row.get(name) for name in _CATEGORY} for row in results.get("categories") or []
         ],
         "goals": results.get("goals") or [],
         "has": {
@@ -349,7 +351,7 @@ def comparison(facts: Facts) -> dict[str, Any] | None:
         "medians": {name: None if v is None else short(v) for name, v in found.medians().items()},
         "feature": found.features.tolist(),
         "best": found.best.tolist(),
-        **{name: column(getattr(found, name)) for name in ("pearson", "held_out", "logit_pearson", "control", "neurons")},
+        **{name: column(getattr(found, name)) for name in _MEASURES},
     }  # fmt: skip
 
 

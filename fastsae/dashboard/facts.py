@@ -1,6 +1,6 @@
 """What the site tells of a dictionary beside its survey, and how to get it from the dictionary and its model.
 
-    facts = Facts(cards, TokenBytes.of(tokenizer), logits=logits_of(logit_map(…), sae, …), neighbours=neighbours_of(sae))
+    facts = Facts(cards, TokenBytes.of(tokenizer), logits=logits_of(…), neighbours=neighbours_of(sae))
     fastsae.dashboard.site.write_site("report", facts)
 
 Everything but the cards may be missing; the site leaves out what is not known. Axes: F features, V vocabulary, k best.
@@ -105,8 +105,8 @@ class Facts:
 
     @cached_property
     def pearson(self) -> tuple[np.ndarray, np.ndarray]:
-        """r with every proxy on the half where features are chosen and on the one where they are scored: [F, P]; NaN where
-        one of both does not vary."""
+        """r with every proxy on the half where features are chosen and on the one where they are scored, [F, P]; NaN
+        where one of both does not vary."""
         return self.cards.pearson(CHOOSE), self.cards.pearson(SCORE)
 
     @cached_property

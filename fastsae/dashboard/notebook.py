@@ -154,11 +154,9 @@ def _span(window: dict[str, Any], places: list[int], highest: float) -> str:
     style = f"border-radius:3px;background:rgba({_HOT},{0.12 + 0.5 * strength:.2f})" if strength else ""
     if window["at"] in places:
         style += f";box-shadow:inset 0 -2px rgb({_HOT})"
-    shown = "".join(
-        f"<span dir='ltr' style='opacity:.7;font-size:.75em'>{escape(part)}</span>" if _BYTES.fullmatch(part) else escape(part)
-        for part in re.split(f"({_BYTES.pattern})", window["tokens"][places[-1]])
-        if part
-    )
+    # Bytes that make no character are written in Latin letters, which must not turn the text around them.
+    apart = "<span dir='ltr' style='opacity:.7;font-size:.75em'>"
+    shown = _BYTES.sub(lambda found: f"{apart}{found[0]}</span>", escape(window["tokens"][places[-1]]))
     title = " | ".join(_number(value) for value in values)
     return f"<span style='{style}' title='{title}'>{shown}</span>"
 

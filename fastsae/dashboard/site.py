@@ -3,7 +3,7 @@
     report/index.html   assets/ (scripts, one stylesheet, Plotly)   data/*.js
 
 A page opened from a disk may not fetch, so data come as scripts, each one call `fastsae.put(name, value);` of at most
-2 MB, and are loaded when they are looked at. `read_overview`, `read_rows` and `read_card` read the same files in Python.
+2 MB, and are loaded when they are looked at. `read_overview`, `read_rows`, `read_card` read the same files in Python.
 The live parts of `fastsae serve` announce themselves in assets/server.js, which is empty here: the page so never asks a
 server that is not there.
 
@@ -70,7 +70,7 @@ def _clear(out: Path) -> None:
 def _write_static(out: Path) -> Path:
     (out / "assets").mkdir(parents=True, exist_ok=True)
     for file in STATIC.iterdir():
-        if file.suffix in (".js", ".css", ".svg"):
+        if file.suffix in (".js", ".css", ".txt"):
             shutil.copyfile(file, out / "assets" / file.name)
     write_text(out / "index.html", (STATIC / "index.html").read_text(encoding="utf-8"))
     return out / "index.html"
@@ -266,7 +266,8 @@ def _read(folder: Path, name: str) -> Any:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise FastSAEError(f"there is no report in {folder} ({path} is missing): make one with fastsae analyze") from None
+        message = f"there is no report in {folder} ({path} is missing): make one with fastsae analyze"
+        raise FastSAEError(message) from None
     start, end = f'fastsae.put("{name}",', ");\n"
     try:
         if not (text.startswith(start) and text.endswith(end)):

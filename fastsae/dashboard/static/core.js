@@ -115,11 +115,11 @@ const fastsae = (() => {
 
   // --- routes -------------------------------------------------------------------------------------------------------
 
-  const pages = {};
+  const pages = new Map();
   let turn = 0;
 
   /** render(main, argument, query) draws the page of #/NAME/argument?query; what it returns is called when it goes. */
-  function page(name, render) { pages[name] = render; }
+  function page(name, render) { pages.set(name, render); }
 
   let leave = null;
 
@@ -127,7 +127,7 @@ const fastsae = (() => {
     const mine = ++turn;
     const [path, query] = location.hash.replace(/^#\/?/, "").split("?");
     const [name, argument] = path.split("/");
-    const render = pages[name || "overview"];
+    const render = pages.get(name || "overview");
     leave?.();
     leave = null;
     tip.hide();

@@ -18,7 +18,7 @@ fastsae.page("features", async (main, _argument, query) => {
 
   const state = {
     q: query.get("q") ?? "", proxy: query.get("proxy") ?? "", cluster: query.get("cluster") ?? "",
-    sort: query.get("sort") in orders ? query.get("sort") : "score", down: query.get("down") !== null ? query.get("down") === "1" : true,
+    sort: Object.hasOwn(orders, query.get("sort")) ? query.get("sort") : "score", down: query.get("down") !== null ? query.get("down") === "1" : true,
   };
   let rows = [], focus = 0;
 
