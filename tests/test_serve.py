@@ -132,9 +132,11 @@ def test_which_features_fire_on_which_token(client: Any, truth: dict):
 
 def test_tokens_as_a_reader_sees_them(client: Any):
     found = client.post("/api/activations", json={"text": "a<|end|>\u202eق"}).json()["tokens"]
-    assert found[0]["text"] == "a" and found[1] == {"text": "<|end|>", "id": 0, "special": True, "count": 0, "top": []}
-    assert [t["text"] for t in found[2:5]] == ["‹E2›", "‹80›", "‹U+202E›"]  # the mark that turns the line is not sent
-    assert [t["text"] for t in found[5:]] == ["‹D9›", "ق"]
+    special = {"text": "<|end|>", "id": 0, "special": True, "part": False, "count": 0, "top": []}
+    assert found[0]["text"] == "a" and found[1] == special
+    # The mark that would turn the line comes as its number, a letter of two tokens whole at the second.
+    assert [t["text"] for t in found[2:]] == ["‹E2›", "‹80›", "‹U+202E›", "‹D9›", "ق"]
+    assert [t["part"] for t in found] == [False, False, True, True, False, True, False]
     assert client.post("/api/activations", json={"text": "<|end|>"}).json()["active"] == 0
 
 

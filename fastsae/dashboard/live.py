@@ -16,13 +16,14 @@ import numpy as np
 
 from fastsae.analysis import steering
 from fastsae.analysis.effects import FeatureEdit, Mode
-from fastsae.analysis.labels import TokenBytes, readable
+from fastsae.analysis.labels import TokenBytes
 from fastsae.analysis.patterns import Function, PatternError, Regex, compiled
 from fastsae.analysis.proxies import Proxy, proxies
 from fastsae.analysis.stream import Read, Source, encoded, read
 from fastsae.analysis.text import Text, text_of
 from fastsae.analysis.universality import Match, MatchConfig, Matching
 from fastsae.contexts import model_limits
+from fastsae.dashboard.data import Spelling
 from fastsae.dashboard.jobs import Job
 from fastsae.dashboard.plain import plain
 from fastsae.dashboard.proxy_scores import ProxySums
@@ -124,7 +125,8 @@ class Live:
     def activations(self, text: str) -> dict[str, Any]:
         """Which features fire on which token of a text.
 
-        tokens: text as a reader sees it, id, special, count (of active features), top (strongest: [feature, value]).
+        tokens: text as a reader sees it, id, special, part (of a character that a later token completes), count (of
+        active features), top (the strongest: [feature, value]).
         features: the strongest first, by peak as a share of the feature's maximum in the report: feature, peak, at (the
         token with the peak), count, maximum, values ([token, value] of all tokens on which it fires).
         Raises FastSAEError for an empty text, one of more than TEXT_TOKENS tokens, and where the model stays busy.
@@ -153,12 +155,14 @@ class Live:
         return list(ids)
 
     def _tokens(self, ids: list[int], token: np.ndarray, feature: np.ndarray, value: np.ndarray) -> list[dict]:
-        shown = [visible(text) for text in readable([self.bytes_of[i] for i in ids])]
+        shown, parts = Spelling(self.bytes_of).window(np.array(ids))
         names = self.tokenizer.convert_ids_to_tokens(ids)
+        inside = set(parts)
         rows = [
-            {"text": name if i in self.special else text, "id": i, "special": i in self.special, "count": 0, "top": []}
-            for i, text, name in zip(ids, shown, names, strict=True)
-        ]
+            {"text": visible(name) if i in self.special else text, "id": i, "special": i in self.special,
+             "part": place in inside, "count": 0, "top": []}
+            for place, (i, text, name) in enumerate(zip(ids, shown, names, strict=True))
+        ]  # fmt: skip
         for n in np.lexsort((-value, token)).tolist():
             row = rows[token[n]]
             row["count"] += 1

@@ -2,11 +2,10 @@
 // The live parts, which `fastsae serve` has and a folder of files has not. All text goes in as text, never as HTML.
 
 (() => {
-  const { h, load, columns, number, fixed, percent, count, link, page, tip } = fastsae;
+  const { h, load, columns, number, fixed, percent, count, link, page, tip, visible } = fastsae;
   document.head.append(h("link", { rel: "stylesheet", href: "assets/live.css" }));
 
   const TABS = [["", "Read a text"], ["steer", "Steer"], ["proxy", "Score a proxy"], ["compare", "Compare"]];
-  const PART = /^(‹[0-9A-F]{2}›)+$/;  // bytes of a character that another token completes
   const kept = { text: "", read: null, chosen: null, edits: [], prompt: "", options: {}, jobs: {} };  // between visits
 
   async function ask(path, body, method = body === undefined ? "GET" : "POST") {
@@ -83,6 +82,19 @@
   const form = (send, ...children) => h("form", { submit: (event) => { event.preventDefault(); send(); } }, children);
   const go = (text) => h("button", { class: "primary" }, text);
 
+  /** Tokens that make one character together are one piece: { text, places }. */
+  function pieces(tokens) {
+    const found = [];
+    let places = [];
+    tokens.forEach((token, i) => {
+      places.push(i);
+      if (token.part && i + 1 < tokens.length) return;
+      found.push({ text: token.text, places });
+      places = [];
+    });
+    return found;
+  }
+
   // --- read a text --------------------------------------------------------------------------------------------------
 
   async function reading(box, current) {
@@ -109,45 +121,48 @@
       const [rows, overview] = await Promise.all([known(), load("overview")]);
       if (!current()) return;
       const line = h("p", { class: "window reading", dir: "auto", tabindex: 0, "aria-label": "The text, shaded by the chosen feature. Arrow keys move." });
-      const spans = tokens.map((token) => h("span", { class: token.special ? "special" : PART.test(token.text) ? "part" : null }, token.text));
+      const all = pieces(tokens);
+      const spans = all.map(({ text, places }, n) => h("span", { class: tokens[places[0]].special ? "special" : null }, visible(text, !n)));
       line.append(...spans);
       const beside = h("aside");
       const heads = new Map();
       let place = 0;
 
+      const chosen = () => features.find((row) => row.feature === kept.chosen);
       function paint() {
-        const it = features.find((row) => row.feature === kept.chosen);
-        const values = new Map(it?.values ?? []);
+        const it = chosen(), values = new Map(it?.values ?? []);
         const highest = Math.max(it?.maximum ?? 0, it?.peak ?? 0) || 1;
-        spans.forEach((span, i) => {
-          const value = values.get(i);
-          span.classList.toggle("on", value !== undefined);
-          if (value === undefined) span.style.removeProperty("--a"); else span.style.setProperty("--a", (0.12 + 0.5 * value / highest).toFixed(2));
+        spans.forEach((span, n) => {
+          const value = Math.max(...all[n].places.map((t) => values.get(t) ?? 0));
+          span.classList.toggle("on", value > 0);
+          if (value > 0) span.style.setProperty("--a", (0.12 + 0.5 * value / highest).toFixed(2)); else span.style.removeProperty("--a");
         });
         for (const [f, row] of heads) { row.toggleAttribute("data-chosen", f === kept.chosen); row.querySelector("button").setAttribute("aria-pressed", String(f === kept.chosen)); }
       }
       function choose(f) { kept.chosen = f; paint(); }
-      function tell(i) {
-        place = i;
-        spans.forEach((span, n) => span.toggleAttribute("data-here", n === i));
-        const value = features.find((row) => row.feature === kept.chosen)?.values.find(([t]) => t === i)?.[1] ?? 0;
-        tip.over(spans[i], kept.chosen === null ? `${tokens[i].count} active` : `feature ${kept.chosen}: ${number(value)}`);
+      function tell(n) {
+        place = n;
+        spans.forEach((span, i) => span.toggleAttribute("data-here", i === n));
+        const values = new Map(chosen()?.values ?? []), { places } = all[n];
+        const said = places.map((t) => number(values.get(t) ?? 0));
+        tip.over(spans[n], kept.chosen === null ? "nothing fires" : `feature ${kept.chosen}: ${said.length === 1 ? said[0] : said.map((v, i) => `part ${i + 1} ${v}`).join(", ")}`);
       }
-      function open(i) {
-        const token = tokens[i];
-        beside.replaceChildren(
-          h("h2", null, "On ", h("bdi", { class: "tok" }, token.text)),
-          h("p", { class: "soft" }, `token ${i}, id ${token.id}: ${count(token.count)} features fire`),
-          h("ul", { class: "facts" }, token.top.map(([f, value]) => h("li", null, h("span", null, link(f, `feature ${f}`), " ", h("bdi", { class: "soft" }, about(rows, overview.proxies, f))), h("span", null, number(value))))));
+      function open(n) {
+        const { text, places } = all[n];
+        beside.replaceChildren(h("h2", null, "On ", h("bdi", { class: "tok" }, text)), ...places.flatMap((t) => [
+          h("p", { class: "soft" }, `token ${t}, id ${tokens[t].id}${places.length > 1 ? ", a part of it" : ""}: ${count(tokens[t].count)} features fire`),
+          h("ul", { class: "facts" }, tokens[t].top.map(([f, value]) => h("li", null, h("span", null, link(f, `feature ${f}`), " ", h("bdi", { class: "soft" }, about(rows, overview.proxies, f))), h("span", null, number(value)))))]));
       }
-      line.addEventListener("pointerover", (event) => { const i = spans.indexOf(event.target); if (i >= 0) tell(i); });
+      const under = (event) => spans.findIndex((span) => span.contains(event.target));
+      line.addEventListener("pointerover", (event) => { const n = under(event); if (n >= 0) tell(n); });
       line.addEventListener("pointerleave", () => tip.hide());
-      line.addEventListener("click", (event) => { const i = spans.indexOf(event.target); if (i >= 0) open(i); });
+      line.addEventListener("click", (event) => { const n = under(event); if (n >= 0) open(n); });
       line.addEventListener("focus", () => { tell(place); open(place); });
       line.addEventListener("blur", () => { tip.hide(); spans.forEach((span) => span.removeAttribute("data-here")); });
       line.addEventListener("keydown", (event) => {
         const turned = getComputedStyle(line).direction === "rtl" ? -1 : 1;
         const step = { ArrowRight: turned, ArrowLeft: -turned }[event.key];
+        if (event.key === "Escape") tip.hide();
         if (!step) return;
         event.preventDefault();
         tell(Math.max(0, Math.min(spans.length - 1, place + step)));
@@ -159,7 +174,7 @@
           h("th", { scope: "row" }, link(it.feature)),
           h("td", null, h("button", { type: "button", class: "small", "aria-pressed": "false", "aria-label": `Shade feature ${it.feature}`, click: () => choose(it.feature) }, "shade")),
           h("td", null, number(it.peak)), h("td", null, it.maximum ? percent(it.peak / it.maximum) : "–"), h("td", null, count(it.count)),
-          h("td", null, h("bdi", { class: "tok" }, tokens[it.at].text)),
+          h("td", null, h("bdi", { class: "tok" }, all.find(({ places }) => places.includes(it.at)).text)),
           h("td", { class: "words" }, h("bdi", null, about(rows, overview.proxies, it.feature))));
         heads.set(it.feature, row);
         return row;
@@ -172,7 +187,8 @@
             h("thead", null, h("tr", null, ["feature", "text", "peak", "of its maximum", "tokens", "on", "known as"].map((name) => h("th", { scope: "col" }, name)))),
             h("tbody", null, body)))));
       paint();
-      if (tokens.length) open(features[0]?.at ?? 0);
+      place = Math.max(0, all.findIndex(({ places }) => places.includes(features[0]?.at ?? 0)));
+      open(place);
     }
     if (kept.read) await show();
   }
