@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 
-uvicorn = pytest.importorskip("uvicorn")
-playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'fastsae[dev]'")
+pytest.importorskip("fastapi")
 
 from fastsae.dashboard.server import create_app
 from tests.test_serve import dense
 
+uvicorn = pytest.importorskip("uvicorn")
+playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'fastsae[dev]'")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium: apt install chromium")
 TABS = ("", "/steer", "/proxy", "/compare")
@@ -95,7 +96,7 @@ def test_a_text_in_two_scripts_shows_what_fires(reader: Reader):
     chosen = int(page.text_content("tr[data-chosen] th"))
     shaded = page.eval_on_selector_all(".reading span", "all => all.map((one) => one.classList.contains('on'))")
     on = f[:, chosen] > 0
-    assert shaded == [*on[:8], *on[8:].reshape(-1, 2).any(1)]
+    assert shaded == on[:8].tolist() + on[8:].reshape(-1, 2).any(1).tolist()
     page.click("tbody tr:nth-child(3) button")
     other = int(page.text_content("tr[data-chosen] th"))
     assert other != chosen
@@ -124,6 +125,7 @@ def test_hostile_text_shows_as_itself(reader: Reader):
 
 def test_steering_from_a_feature_s_page(reader: Reader):
     page = reader.go("#/feature/7")
+    assert "null" not in page.text_content("main")
     page.click("text=Pin it or switch it off")
     page.wait_for_selector(".edits")
     page.fill("textarea", "the <b>cat</b>")
@@ -175,6 +177,11 @@ def test_without_a_model_it_says_why(browser: Any, folder: Path):
         page = reader.go("#/live")
         assert page.text_content(".note") == "the model moved out"
         assert page.locator("textarea").count() == 0
+        page = reader.go("#/live/proxy")  # of which the report answers some
+        assert "false" not in page.text_content("main")
+        page.fill("input[list]", "Arabic")
+        page.click("text=Score every feature")
+        page.wait_for_selector("tbody")
         reader.context.close()
         assert reader.complaints == []
 
@@ -197,5 +204,3 @@ def test_axe_finds_nothing_serious_and_a_telephone_is_wide_enough(browser: Any, 
             serious = [(v["id"], v["nodes"][0]["html"][:200]) for v in found if v["impact"] in ("serious", "critical")]
             assert serious == [], (tab, width)
         reader.context.close()
-
-

@@ -100,7 +100,8 @@ class Status(BaseModel):
 
 
 class TokenRead(BaseModel):
-    """text: as a reader sees it. part: it begins a character that a later token completes. count: features that fire here. top: the strongest, [feature, activation]."""
+    """text: as a reader sees it. part: it begins a character that a later token completes. count: features that fire
+    here. top: the strongest, [feature, activation]."""
 
     text: str
     id: int

@@ -11,7 +11,7 @@ fastsae.page("feature", async (main, argument, _query, current) => {
       f > 0 && h("a", { href: `#/feature/${f - 1}`, rel: "prev" }, `← ${f - 1}`),
       f + 1 < overview.d_sae && h("a", { href: `#/feature/${f + 1}`, rel: "next" }, `${f + 1} →`)),
     h("h1", null, `Feature ${f}`),
-    explanation(),
+    explanation() ?? "",  // append would write the word null
     h("ul", { class: "tags" },
       h("li", null, `fires on ${percent(it.density)} of tokens`), h("li", null, `maximum ${number(it.max)}`),
       h("li", null, `mean where it fires ${number(it.mean)}`),

@@ -307,8 +307,8 @@
       if (argument !== "proxy") return undefined;
     }
     const tab = TABS.some(([name]) => name === (argument ?? "")) ? argument ?? "" : "";
+    if (status.live) main.append(h("p", { class: "soft" }, `${status.about.model || "The model"}, ${status.about.hook}, ${count(status.about.d_sae)} features`));
     main.append(
-      status.live && h("p", { class: "soft" }, `${status.about.model || "The model"}, ${status.about.hook}, ${count(status.about.d_sae)} features`),
       h("nav", { class: "tabs", "aria-label": "Live questions" }, TABS.map(([name, text]) =>
         h("a", { href: `#/live${name ? `/${name}` : ""}`, "aria-current": name === tab ? "page" : null }, text))));
     const box = h("div");
