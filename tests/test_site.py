@@ -188,7 +188,7 @@ def test_a_card_says_what_the_survey_holds(facts: Facts):
     for part in card["intervals"]:
         for window in part["windows"]:
             assert part["low"] * 0.99 <= window["activations"][window["at"]] <= part["high"] * 1.01
-            assert len(window["tokens"]) == len(window["activations"]) == 9 and window["at"] == 4
+            assert len(window["tokens"]) == len(window["activations"]) == 17 and window["at"] == 8
     fires = survey.sums["fires"].sum(0)[f]
     assert card["fires"] == fires and card["density"] == pytest.approx(fires / site_case.TOKENS, rel=5e-3)
     counts = card["histogram"]["counts"]
@@ -377,8 +377,9 @@ def test_half_a_surrogate_pair_does_not_stop_a_site(tmp_path: Path):
     assert site.read_card(tmp_path, 0)["explanation"]["text"].startswith("half ")
 
 
-def test_size_of_tens_of_thousands_of_features(tmp_path: Path):
+def test_size_of_tens_of_thousands_of_features(tmp_path: Path, monkeypatch):
     """What 32,768 features would take, from 256: under 400 MB."""
+    monkeypatch.setattr(data, "WIDE_UP_TO", 0)
     site.write_site(tmp_path, site_case.facts(256, V=50_000), show_progress=False)
     size = sum(path.stat().st_size for path in (tmp_path / "data").iterdir())
     assert size / 256 * 32_768 < 400e6

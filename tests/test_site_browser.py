@@ -139,7 +139,11 @@ def test_the_overview_draws_densities_map_and_splitting(reader: Reader, facts: F
         return pixels.filter((v, i) => i % 4 === 3 && v > 0).length;
     }""")
     assert drawn > F  # pixels
-    healthy = data.density_histogram(facts)["healthy"]
+    fills = "(all) => all.filter((p) => p.getBoundingClientRect().height > 0).map((p) => getComputedStyle(p).fill)"
+    painted = page.locator("[aria-label='Histogram of feature densities'] .bars path").evaluate_all(fills)
+    hot, bar = "rgb(213, 94, 0)", "rgb(74, 127, 165)"
+    low, healthy = (data.density_histogram(facts)[name] for name in ("ultra_low", "healthy"))
+    assert (painted.count(hot), painted.count(bar)) == (sum(map(bool, low)), sum(map(bool, healthy)))
     page.click("figure:has([aria-label='Histogram of feature densities']) summary")
     rows = page.locator("section:has-text('How often features fire') tbody tr")
     total = sum(int(rows.nth(i).locator("td").nth(1).inner_text()) for i in range(rows.count()))

@@ -23,7 +23,9 @@ from fastsae.report import QUALITY
 from fastsae.visible import visible
 
 TOP, INTERVALS, PER_INTERVAL, BOTTOM = 20, 11, 5, 20  # the card of Bricken et al. 2023
-AROUND_TOP, AROUND = 10, 4  # tokens of context on each side; the paper's 4
+# Tokens of context on each side of the strongest, and of the other, examples. The paper shows 4; there is room for more
+# until a site of so many features would take hundreds of megabytes.
+WIDE, NARROW, WIDE_UP_TO = (12, 8), (10, 4), 8192
 _LONGEST = 48  # characters of a token that are shown
 _CATEGORY = ("name", "feature", "pearson", "neuron_pearson", "specificity", "base_rate")  # of a row of the results
 _MEASURES = ("pearson", "held_out", "logit_pearson", "control", "neurons")  # of a Match, with a number a feature
@@ -132,7 +134,7 @@ def feature_card(facts: Facts, f: int, spelling: Spelling | None = None) -> dict
         "histogram": {"width": short(edges[1] - edges[0], 6) if len(edges) > 1 else 0, "counts": counts.tolist()},
         "top": _top(facts, f, spell),
         "intervals": _intervals(facts, f, spell),
-        "bottom": [_window(example.cut(AROUND), spell) for example in cards.bottom(f, BOTTOM)],
+        "bottom": [_window(example.cut(_around(facts)[1]), spell) for example in cards.bottom(f, BOTTOM)],
         "logits": _logits(facts, f, spell),
         "proxies": _proxies(facts, f),
         "neurons": _pairs(facts.neurons.neurons[f], facts.neurons.pearson[f]) if facts.neurons is not None else None,
@@ -141,6 +143,10 @@ def feature_card(facts: Facts, f: int, spelling: Spelling | None = None) -> dict
         "match": _match(facts, f),
         "splitting": _family(facts, f),
     }
+
+
+def _around(facts: Facts) -> tuple[int, int]:
+    return WIDE if facts.d_sae <= WIDE_UP_TO else NARROW
 
 
 def _window(example: Example, spell: Spelling, effects: np.ndarray | None = None) -> dict[str, Any]:
@@ -157,14 +163,14 @@ def _window(example: Example, spell: Spelling, effects: np.ndarray | None = None
 
 
 def _top(facts: Facts, f: int, spell: Spelling) -> list[dict[str, Any]]:
-    examples = facts.cards.top(f, TOP)
+    examples, around = facts.cards.top(f, TOP), _around(facts)[0]
     effects = facts.effects.get(f)
     if effects is None or len(effects) != len(examples):
-        return [_window(example.cut(AROUND_TOP), spell) for example in examples]
+        return [_window(example.cut(around), spell) for example in examples]
     found = []
     for example, change in zip(examples, effects, strict=True):
-        low = max(0, example.at - AROUND_TOP)
-        kept = example.cut(AROUND_TOP)
+        low = max(0, example.at - around)
+        kept = example.cut(around)
         found.append(_window(kept, spell, change[low : low + len(kept.token_ids)]))
     return found
 
@@ -177,7 +183,7 @@ def _intervals(facts: Facts, f: int, spell: Spelling) -> list[dict[str, Any]]:
     edges = np.linspace(0, highest, INTERVALS + 1)
     return [
         {"low": short(edges[i]), "high": short(edges[i + 1]),
-         "windows": [_window(example.cut(AROUND), spell) for example in examples]}
+         "windows": [_window(example.cut(_around(facts)[1]), spell) for example in examples]}
         for i, examples in enumerate(facts.cards.intervals(f, INTERVALS, PER_INTERVAL))
     ]  # fmt: skip
 

@@ -46,18 +46,20 @@ fastsae.page("overview", async (main) => {
 
   function density({ edges, healthy, ultra_low }) {
     const from = (i) => percent(10 ** edges[i]);
-    const bar = (counts, name, color, shape) => ({
+    const bar = (counts, name, color) => ({
       type: "bar", name, x: counts.map((_, i) => (edges[i] + edges[i + 1]) / 2), y: counts, width: 0.25,
       hovertext: counts.map((n, i) => `${count(n)} features on ${from(i)} to ${from(i + 1)} of tokens`), hoverinfo: "text",
-      marker: { color: charts.color(color), pattern: shape && { shape, fgcolor: charts.color("paper"), size: 6 } }, textposition: "none",
+      marker: { color: charts.color(color) }, textposition: "none",
     });
     const apart = ultra_low.some((n) => n);
+    // Not Plotly's <sup>: it makes style attributes, which the page forbids.
+    const raised = (exponent) => String(exponent).replace(/./g, (c) => c === "-" ? "⁻" : "⁰¹²³⁴⁵⁶⁷⁸⁹"[c]);
     const whole = edges.filter((edge) => Number.isInteger(edge));
     return charts.chart(() => ({
-      traces: [bar(healthy, "healthy", "bar"), ...(apart ? [bar(ultra_low, "ultra-low", "hot", "/")] : [])],
+      traces: [bar(healthy, "healthy", "bar"), ...(apart ? [bar(ultra_low, "ultra-low", "hot")] : [])],
       layout: {
         barmode: "stack", showlegend: apart,
-        xaxis: { title: { text: "share of tokens on which a feature fires" }, tickvals: whole, ticktext: whole.map((edge) => percent(10 ** edge)) },
+        xaxis: { title: { text: "share of tokens on which a feature fires" }, tickvals: whole, ticktext: whole.map((edge) => edge ? `10${raised(edge)}` : "1") },
         yaxis: { title: { text: "features" } },
       },
     }), {
