@@ -12,6 +12,7 @@ COMMANDS = {
     "wide": "TrainStep on the CPU against the width of the dictionary: time and memory",
     "quality": "what small optimizer states cost in explained variance",
     "dead": "what evaluating dead latents in some steps only saves and costs",
+    "survey": "the one pass over all features, beside harvesting and encoding; its memory",
     "compile": "compile every kernel for every GPU it is meant for, without a GPU",
     "gpu": "check and time kernels and steps on an NVIDIA GPU",
     "memory": "the peak memory of training runs on the CPU, beside what fastsae.estimate says",

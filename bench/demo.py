@@ -38,15 +38,26 @@ def main(args: argparse.Namespace) -> int:
         goals=result["goals"],
         quality={name: _quality(result["quality"][name]) for name in ("a", "b")},
         universality=result["universality"],
+        explain=(result.get("explain") or {}).get("summary"),
+        splitting=_steps(result.get("splitting")),
     )
     print(f"{path} written; python -m bench readme puts it into README.md")
     return 0
 
 
+def _steps(splitting: dict[str, Any] | None) -> dict[str, Any] | None:
+    return splitting and {name: splitting[name] for name in ("widths", "steps")}
+
+
 def _wall(seconds: dict[str, float]) -> float:
     """From start to end: the two branches run side by side."""
     branches = [sum(v for name, v in seconds.items() if name.endswith(f"-{branch}")) for branch in "ab"]
-    return max(branches) + sum(v for name, v in seconds.items() if not name.endswith(("-a", "-b")))
+    beside = {"a": ("narrow", "wide"), "b": ("control",)}
+    branches = [
+        spent + sum(seconds.get(name, 0) for name in beside[b]) for b, spent in zip("ab", branches, strict=True)
+    ]
+    whole = ("tokenizer", "analysis")
+    return max(branches) + sum(seconds.get(name, 0) for name in whole)
 
 
 def _short(row: dict[str, Any]) -> dict[str, Any]:

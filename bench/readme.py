@@ -115,6 +115,18 @@ def _dead_table(result: Row) -> str:
     return f"{_caption(result['machine'])}\n\n{_table(head, body)}\n{sizes}\n"
 
 
+def _survey_table(result: Row) -> str:
+    """Time and memory of the pass over all features."""
+    times = [row for row in result["rows"] if row["op"] == "survey"]
+    peaks = [row for row in result["rows"] if row["op"] == "memory"]
+    body = [[f"{row['tokens']:,}", row["features"], f"{row['harvest']:.1f}", f"{row['encode']:.1f}",
+             f"{row['survey']:.1f}", f"{row['ratio']:.2f}"] for row in times]  # fmt: skip
+    head = ["tokens", "features", "harvest, s", "encode, s", "the pass, s", "of both"]
+    grows = "; ".join(f"{row['tokens']:,} tokens {row['peak_mb']:.0f} MB" for row in peaks)
+    memory = f"Peak memory of the pass, models and the 20 first documents not counted: {grows}.\n" if peaks else ""
+    return f"{_caption(result['machine'])}\n\n{_table(head, body)}\n{memory}"
+
+
 def _gpu_table(result: Row) -> str:
     rows = result["rows"]
     kernels = [
@@ -176,8 +188,10 @@ def _demo_table(result: Row) -> str:
     )
     universal = result.get("universality")
     median = (
-        f"The median best match of {universal['count']} features drawn at random is {universal['features']:.2f}, that "
-        f"of the neurons {universal['neurons']:.2f} (paper: 0.72 and 0.46).\n"
+        f"The median best match of {universal['count']} live features is {universal['features']:.2f} (chosen on one "
+        f"half of the documents and scored on the other: {universal['held_out']:.2f}), that of the neurons "
+        f"{universal['neurons']:.2f}, that of a dictionary trained on a model with shuffled weights "
+        f"{universal['control']:.2f} (paper: 0.72 and 0.46).\n"
         if universal else ""
     )  # fmt: skip
     return (
@@ -189,7 +203,33 @@ def _demo_table(result: Row) -> str:
         f"{scores['ce_raw']:.2f}, {scores['ce_spliced']:.2f}, {scores['ce_zero']:.2f} and {scores['ce_mean']:.2f}; "
         f"{scores['recovered_zero']:.0%} is recovered against zero and {scores['recovered_mean']:.0%} against mean "
         f"ablation. The dictionary explains {scores['fve']:.0%} of the variance.\n\n"
-        f"{found}\n{used}\n{median}"
+        f"{found}\n{used}\n{median}{_explained(result.get('explain'))}{_split(result.get('splitting'))}"
+    )
+
+
+def _explained(found: Row | None) -> str:
+    """The offline explainer on features and controls."""
+    if not found:
+        return ""
+    rows = []
+    for name, row in found.items():
+        low, high = row["spearman"]["mean_interval"] or (0, 0)
+        cells = [f"{row[score]['mean']:.2f}" for score in ("spearman_weighted", "detection", "fuzzing")]
+        mean = row["spearman"]["mean"]
+        rows.append([name, row["spearman"]["n"], f"{mean:.2f} ({low:.2f} to {high:.2f})", *cells])
+    head = ["explained without a language model", "n", "mean score (95 %)", "weighted", "detection", "fuzzing"]
+    return f"\n{_table(head, rows)}"
+
+
+def _split(found: Row | None) -> str:
+    """Children of features from width to width."""
+    if not found:
+        return ""
+    steps = zip(found["widths"], found["widths"][1:], found["steps"], strict=False)
+    said = [f"{step['mean_children']:.1f} from {a} to {b} features" for a, b, step in steps]
+    return (
+        "\nFeatures that have a child in the next wider dictionary (cosine above 0.4) have on average "
+        f"{', '.join(said)}.\n"
     )
 
 
@@ -202,6 +242,7 @@ def _effects(row: Row) -> list[str]:
 
 TABLES: dict[str, Callable[[Row], str]] = {
     "step": _step_table, "wide": _wide_table, "quality": _quality_table, "dead": _dead_table, "gpu": _gpu_table,
+    "survey": _survey_table,
     "demo": _demo_table, "compile": _compile_table,
 }  # fmt: skip
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, get_args
 
 from fastsae.analysis import AnalyzeConfig
 from fastsae.analysis.steering import Steering
-from fastsae.cli_analysis import match, serve, split, steer
+from fastsae.cli_analysis import explain, match, serve, split, steer
 from fastsae.errors import FastSAEError
 from fastsae.estimate import Estimate
 from fastsae.evaluate import EvalConfig
@@ -145,7 +145,7 @@ def evaluate(
     text: str = "builtin",
     text_field: str = "text",
 ) -> dict:
-    """Measure a dictionary on held-out text: FVE, L0, dead latents, cross-entropy recovered.
+    """Measure a dictionary on held-out text: FVE, L0, dead and ultra-low latents, CE recovered, KL, geometry.
 
     Args:
         sae: Folder of the dictionary (the run's folder or its sae/ folder).
@@ -156,10 +156,13 @@ def evaluate(
     """
     import fastsae
     from fastsae import corpus
+    from fastsae.analysis.quality import quality
 
     network, tokenizer = load_model(model)
     documents = corpus.load(text, "heldout", text_field)
-    return fastsae.evaluate(load_sae(sae), network, tokenizer, documents, hook, config).to_dict()
+    dictionary = load_sae(sae)
+    found = fastsae.evaluate(dictionary, network, tokenizer, documents, hook, config)
+    return quality(dictionary, found).to_dict()
 
 
 def analyze(
@@ -232,6 +235,7 @@ VERBS: dict[str, Callable[..., dict | Estimate | Steering]] = {
     "match": match,
     "split": split,
     "serve": serve,
+    "explain": explain,
     "estimate": estimate,
 }
 

@@ -1,10 +1,11 @@
-"""The verbs that ask questions of dictionaries: `fastsae match`, `split`, `steer`, `serve`. See fastsae.cli."""
+"""The verbs that ask questions of dictionaries: `fastsae match`, `split`, `steer`, `explain`, `serve`."""
 
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
+from fastsae.analysis.explain import ExplainConfig
 from fastsae.analysis.splitting import SplitConfig
 from fastsae.analysis.steering import SteerConfig, Steering
 from fastsae.analysis.universality import MatchConfig
@@ -196,3 +197,58 @@ def serve(
 def _say(line: str) -> None:
     sys.stderr.write(f"{line}\n")
     sys.stderr.flush()
+
+
+def explain(
+    sae: Path,
+    model: str,
+    out: Path,
+    config: OnOneLevel[ExplainConfig],
+    hook: str = MLP_HOOK,
+    features: tuple[int, ...] = (),
+    count: int = 50,
+    tokens: int | None = 500_000,
+    context: int = 128,
+    text: str = "builtin",
+    text_field: str = "text",
+) -> dict:
+    r"""Explain features from examples, without a language model or with one, and score that on held-out text.
+
+        fastsae explain --sae sae --model lm --out explained --features 3 14
+        fastsae explain --sae sae --model lm --out explained \
+            --explainer endpoint --endpoint http://localhost:8000/v1 --explainer-model NAME
+
+    Args:
+        sae: Folder of the dictionary (the run's folder or its sae/ folder).
+        model: Folder or hub name of the causal LM it was trained on.
+        out: Folder for explain.json, the log and models' answers; the same command goes on there.
+        hook: Module path it was trained on.
+        features: Numbers of the features; left out, some that fire often enough are drawn.
+        count: How many are drawn.
+        tokens: Held-out tokens to read.
+        context: Tokens in a context, the begin-of-text token included.
+        text: builtin, a text file, a .jsonl file, a folder of those, or hf:NAME; its held-out documents are used.
+        text_field: Field of a JSONL line or dataset row that holds the text.
+    """
+    from fastsae import corpus
+    from fastsae.analysis.evidence import explain_dictionary
+    from fastsae.analysis.stream import Source
+    from fastsae.analysis.survey import SurveyConfig
+
+    given = {"sae": sae, "model": model, "hook": hook, "text": text, "tokens": tokens, "context": context}
+    claim_folder(out, "explain", given, resume=True)
+    network, tokenizer = load_model(model)
+    documents = corpus.load(text, "heldout", text_field)
+    found = explain_dictionary(
+        Source(load_sae(sae), network, hook), tokenizer, documents, features, config,
+        SurveyConfig(categories=(), tokens=tokens, context=context, seed=config.seed), count=count, out=out,
+    )  # fmt: skip
+    results = found["results"]["features"]
+    said = {f"feature {r.feature}": f"{r.explanation or r.failed}  ({_score(r.spearman)})" for r in results}
+    means = {f"mean {name}": s.mean for name, s in found["summary"]["features"].items() if s.mean is not None}
+    failed = sum(r.failed is not None for r in results)
+    return {**said, **means, "explained": len(results), "failed": failed, "results": str(out / "explain.json")}
+
+
+def _score(value: float | None) -> str:
+    return "not scored" if value is None else f"score {value:.2f}"

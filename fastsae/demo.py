@@ -2,22 +2,25 @@
 
 Stages, each in a folder of its own under the output folder, each reused when it is finished:
 
-    tokenizer ─┬─ lm-a ── store-a ── sae-a ── eval-a ─┬─ analysis → report.html, results.json, *.png
-               └─ lm-b ── store-b ── sae-b ── eval-b ─┘
+    tokenizer ─┬─ lm-a ── store-a ── sae-a ── eval-a ── narrow, wide ─┬─ analysis → report.html, results.json, *.png
+               └─ lm-b ── store-b ── sae-b ── eval-b ── control ──────┘
 
-The two branches differ in the seed alone and run as two processes. Features are chosen on one half of the held-out
-documents and scored on the other half.
+The two branches differ in the seed alone and run as two processes. narrow and wide: dictionaries of half and twice the
+features on store-a, to see features split. control: a dictionary trained on lm-b with its weights shuffled. Features
+are chosen on one half of the held-out documents and scored on the other half.
 """
 
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,8 @@ import torch
 
 import fastsae
 from fastsae import corpus, lm
-from fastsae.analysis import AnalyzeConfig, analyze
+from fastsae.analysis import AnalyzeConfig, analyze, shuffled
+from fastsae.analysis.quality import quality
 from fastsae.errors import FastSAEError
 from fastsae.evaluate import EvalConfig
 from fastsae.files import claim_folder, write_json
@@ -131,12 +135,14 @@ def demo(out: Path, scale_name: str = "laptop") -> dict:
 
     def analysis() -> dict:
         (model_a, tokenizer), (model_b, _) = (lm.load(out / f"lm-{name}") for name in BRANCHES)
-        sae_a, sae_b = (fastsae.SAE.from_pretrained(out / f"sae-{name}" / "sae") for name in BRANCHES)
+        names = ("sae-a", "sae-b", "control", "narrow", "wide")
+        sae_a, sae_b, sae_control, *widths = (fastsae.SAE.from_pretrained(out / name / "sae") for name in names)
         heldout = _documents(scale, "heldout")
-        quality = {"scale": scale_name, **branches}
+        figures = {"scale": scale_name, **branches}
         return analyze(
-            sae_a, model_a, tokenizer, heldout, lm.MLP_HOOK, out, scale.analyze, other=(sae_b, model_b), quality=quality
-        )
+            sae_a, model_a, tokenizer, heldout, lm.MLP_HOOK, out, scale.analyze, other=(sae_b, model_b),
+            control=(sae_control, shuffled(model_b)), widths=widths, quality=figures,
+        )  # fmt: skip
 
     _quiet_transformers()
     result = stages.run("analysis", [asdict(scale), branches], analysis)
@@ -170,10 +176,10 @@ def branch(out: Path, scale_name: str, name: str, say: Callable[[str], None]) ->
 
     def evaluate() -> dict:
         model, tokenizer = lm.load(folder)
-        result = fastsae.evaluate(
-            sae / "sae", model, tokenizer, _documents(scale, "heldout"), lm.MLP_HOOK, scale.evaluate
-        )
-        return result.to_dict()
+        dictionary = fastsae.SAE.from_pretrained(sae / "sae")
+        heldout = _documents(scale, "heldout")
+        result = fastsae.evaluate(dictionary, model, tokenizer, heldout, lm.MLP_HOOK, scale.evaluate)
+        return quality(dictionary, result).to_dict()
 
     inputs: list[Any] = [asdict(lm_config), scale.every]
     results = {"lm": stages.run(f"lm-{name}", inputs, train_lm)}
@@ -183,7 +189,29 @@ def branch(out: Path, scale_name: str, name: str, say: Callable[[str], None]) ->
     results["train"] = stages.run(f"sae-{name}", inputs, train_sae)
     inputs += [asdict(scale.evaluate)]
     results["eval"] = stages.run(f"eval-{name}", inputs, evaluate)
+    if name == "a":
+        for part, d_sae in (("narrow", scale.train.d_sae // 2), ("wide", scale.train.d_sae * 2)):
+            stages.run(part, inputs, partial(_width, store, out / part, scale, d_sae))
+    else:
+        stages.run("control", inputs, partial(_control, folder, out / "control", scale))
     return results
+
+
+def _width(store: Path, folder: Path, scale: Scale, d_sae: int) -> dict:
+    """A dictionary of another width on the same activations."""
+    fastsae.train(fastsae.ActivationStore(store), replace(scale.train, d_sae=d_sae), folder, resume=True)
+    return {"d_sae": d_sae}
+
+
+def _control(model_folder: Path, folder: Path, scale: Scale) -> dict:
+    """A dictionary of a model that has learnt nothing but how large its weights are; its activations are not kept."""
+    model, tokenizer = lm.load(model_folder)
+    config = replace(scale.harvest, tokens=scale.harvest.tokens and scale.harvest.tokens // 3)
+    documents, store = _documents(scale, "train"), folder.with_name("store-control")
+    kept = fastsae.harvest(shuffled(model), tokenizer, documents, lm.MLP_HOOK, store, config, resume=True)
+    fastsae.train(kept, scale.train, folder, resume=True)
+    shutil.rmtree(store)
+    return {"count": kept.count}
 
 
 def _load_tokenizer(folder: Path) -> Any:

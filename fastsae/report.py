@@ -55,6 +55,7 @@ GLOSSARY = {
     "average precision": "area under precision against recall as the activation that counts as on is lowered; the base "
     "rate is what chance gets.",
     "random directions": "a dictionary as wide and as sparse whose directions were drawn and not trained.",
+    "misplaced features": "the dictionary’s own features, on as often and as strongly, but on tokens drawn at random.",
     "shuffled model": "a dictionary trained on the same language model with the weights of every matrix shuffled.",
     "gaps": "tokens of the category on which the feature is off, and the features that are on there.",
     "match": "correlation with the most similar feature of the dictionary of the other language model, trained from "
@@ -146,7 +147,13 @@ QUALITY = [
     ("SAE: tokens seen", "train", "tokens", ",.0f", ""),
     ("SAE: L0, features active per token", "eval", "l0", ".1f", "4.9"),
     ("SAE: FVE, variance explained", "eval", "fve", ".1%", ""),
+    ("SAE: normalised MSE, ‖x − x̂‖² over ‖x‖²", "eval", "nmse", ".3f", ""),
+    ("SAE: L1, sum of activations per token", "eval", "l1", ".2f", ""),
     ("SAE: dead features", "eval", "dead", ".1%", ""),
+    ("SAE: features in the ultra-low cluster", "eval", "ultra_low", ",.0f", ""),
+    ("SAE: cosine of encoder and decoder row, median", "eval", "alignment_median", ".2f", "≈ 1 in healthy ones"),
+    ("SAE: cosine to the nearest other feature, median", "eval", "nearest_cosine_median", ".2f", ""),
+    ("KL from the model to the model through the SAE, nats", "eval", "kl", ".3f", ""),
     ("loss as it is", "eval", "ce_raw", ".3f", ""),
     ("loss through the SAE", "eval", "ce_spliced", ".3f", ""),
     ("loss, layer set to zero", "eval", "ce_zero", ".3f", ""),
@@ -169,7 +176,10 @@ def _quality(results: dict, folder: Path) -> str:
     scores = runs[0][1].get("eval", {})
     if not scores.get("histogram"):
         return "<h2>Quality</h2>" + table
-    figures.density(scores["histogram"], scores["histogram_edges"], folder / "density.png")
+    figures.density(
+        scores["histogram"], scores["histogram_edges"], folder / "density.png",
+        ultra_low=scores.get("histogram_ultra_low"),
+    )  # fmt: skip
     caption = f"How often features fire (run {runs[0][0].upper()}); those that never did are not drawn."
     return "<h2>Quality</h2>" + table + _image("density.png", "Histogram of feature densities", caption)
 

@@ -78,7 +78,6 @@ def universality(results: Row) -> str:
     more = [
         ("paired one to one (Hungarian)", found.get("one_to_one")),
         ("logit weights of the pairs", found.get("logits")),
-        ("decoder cosine of the pairs", found.get("decoder_cosine")),
     ]
     extra = "; ".join(f"{name} {number(value)}" for name, value in more if value is not None)
     return (

@@ -1,6 +1,8 @@
 import json
 import subprocess
 import sys
+import unicodedata
+from typing import Any
 
 import pytest
 
@@ -54,7 +56,7 @@ def test_a_second_run_reuses_every_stage_and_says_so(demo):
     before = (demo / "lm-a" / "model.safetensors").stat().st_mtime_ns
     again = run("demo", "--out", demo, "--scale", "tiny")
     assert again.returncode == 0, again.stderr
-    assert again.stderr.count("reused") == 10
+    assert again.stderr.count("reused") == 13
     assert (demo / "lm-a" / "model.safetensors").stat().st_mtime_ns == before
 
 
@@ -116,3 +118,123 @@ def test_its_figures_become_the_readme_table(demo, tmp_path, capsys):
     for goal in results["goals"]:
         assert f"| {goal['name']} | {goal['value']} | {goal['goal']} |" in text
     assert main(["demo", "--run", str(tmp_path)]) == 2 and "make demo" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def raw(demo, tmp_path_factory):
+    """The held-out text's activations from a store, and all that this file computes from them by itself, in numpy."""
+    import numpy as np
+    from safetensors.numpy import load_file
+
+    import fastsae
+    from fastsae import corpus, lm
+    from fastsae.demo import SCALES
+
+    heldout = corpus.builtin("heldout")[:: SCALES["tiny"].every]
+    found: dict[str, Any] = {"documents": heldout}
+    for branch in ("a", "b"):
+        model, tokenizer = lm.load(demo / f"lm-{branch}")
+        folder = tmp_path_factory.mktemp("raw") / branch
+        store = fastsae.harvest(model, tokenizer, heldout, lm.MLP_HOOK, folder, packing="cut", context=64,
+                                dtype="float32", show_progress=False)  # fmt: skip
+        rows = store.read(0, store.count)
+        order = np.lexsort((rows.positions.numpy(), rows.documents.numpy()))
+        weights = load_file(demo / f"sae-{branch}" / "sae" / "sae.safetensors")
+        x = rows.x.numpy()[order]
+        y = (x - weights["input_mean"]) * weights["input_scale"] - weights["b_dec"]
+        found[branch] = {
+            "x": x, "f": np.maximum(y @ weights["encoder.weight"].T + weights["encoder.bias"], 0),
+            "ids": rows.token_ids.numpy()[order], "document": rows.documents.numpy()[order],
+        }  # fmt: skip
+    # Which tokens are Arabic, Cyrillic, …: every character that has a byte in the token has that script's name.
+    label = {}
+    texts = [document.text for document in heldout]
+    pieces = [tokenizer.convert_ids_to_tokens(int(i)) for i in found["a"]["ids"]]
+    alphabet = {chr(c): c for c in [*range(33, 127), *range(161, 173), *range(174, 256)]}
+    alphabet |= {chr(256 + i): c for i, c in enumerate(c for c in range(256) if c not in alphabet.values())}
+    for name in ("Arabic", "Hebrew", "Cyrillic", "Greek", "Devanagari", "Thai"):
+        marks, word = [], name.upper()
+        for number, text in enumerate(texts):
+            of_byte = [word in unicodedata.name(c, "") for c in text for _ in c.encode()]
+            space = [c.isspace() for c in text for _ in c.encode()]
+            at = 0
+            for i in np.flatnonzero(found["a"]["document"] == number):
+                length = len([alphabet[c] for c in pieces[i]])
+                own = of_byte[at : at + length]
+                spaces = space[at : at + length]
+                marks.append(any(own) and all(a or b for a, b in zip(own, spaces, strict=True)))
+                at += length
+        label[name] = np.array(marks)
+    found["label"] = label
+    return found
+
+
+def test_reported_scores_are_those_of_the_raw_activations(demo, raw):
+    import numpy as np
+    import scipy.stats
+
+    from fastsae.analysis import Cards, Survey
+    from fastsae.analysis.text import scoring_half
+
+    results = json.loads((demo / "results.json").read_text(encoding="utf-8"))
+    f, x = raw["a"]["f"].astype(np.float64), raw["a"]["x"].astype(np.float64)
+    scored = np.array(scoring_half(raw["documents"]))[raw["a"]["document"]]
+    assert results["tokens"] == len(f)
+    rows = {row["name"]: row for row in results["categories"]}
+    cards = Cards(Survey.load(demo / "survey.npz"))
+    for name, label in raw["label"].items():
+        p = cards.survey.proxies.index(name)
+        for half in (0, 1):
+            some = scored == bool(half)
+            if 0 < label[some].sum():
+                with np.errstate(invalid="ignore"):
+                    want = np.corrcoef(f[some].T, label[some])[-1, :-1]
+                np.testing.assert_allclose(cards.pearson(half)[:, p], np.nan_to_num(want), atol=1e-4, err_msg=name)
+        if name not in rows:
+            continue
+        row, feature = rows[name], rows[name]["feature"]
+        choice = [np.corrcoef(f[~scored, k], label[~scored])[0, 1] if f[~scored, k].any() else -1
+                  for k in range(f.shape[1])]  # fmt: skip
+        assert choice[feature] == pytest.approx(max(choice), abs=1e-4)  # chosen on the other half alone
+        on = f[scored, feature] > 0
+        inside = label[scored]
+        assert row["base_rate"] == pytest.approx(inside.mean(), abs=1e-9)
+        assert row["pearson"] == pytest.approx(scipy.stats.pearsonr(f[scored, feature], inside)[0], abs=1e-4)
+        assert row["neuron_pearson"] == pytest.approx(
+            scipy.stats.pearsonr(x[scored, row["neuron"]], inside)[0], abs=1e-4
+        )
+        assert row["specificity"] == pytest.approx(inside[on].mean(), abs=2e-3)  # a sum near 0 may round across it
+        assert row["recall"] == pytest.approx((on & inside).sum() / inside.sum(), abs=2e-3)
+        expected = f[scored, feature][inside].sum() / f[scored, feature].sum()
+        assert row["expected"] == pytest.approx(expected, abs=1e-3)
+        assert row["density"] == pytest.approx((f[:, feature] > 0).mean(), abs=1e-3)
+        assert row["max"] == pytest.approx(f[:, feature].max(), rel=1e-4)
+    assert set(rows) & set(raw["label"]) and sum(label.any() for label in raw["label"].values()) >= 3
+
+
+def test_universality_is_that_of_dense_correlations(demo, raw):
+    import numpy as np
+
+    results = json.loads((demo / "results.json").read_text(encoding="utf-8"))
+    a, b = (raw[branch]["f"].astype(np.float64) for branch in "ab")
+    alive = [(part > 0).sum(0) >= 10 for part in (a, b)]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        r = np.corrcoef(a[:, alive[0]].T, b[:, alive[1]].T)[: alive[0].sum(), alive[0].sum() :]
+        x = np.corrcoef(raw["a"]["x"].T, raw["b"]["x"].T)[: raw["a"]["x"].shape[1], raw["a"]["x"].shape[1] :]
+    assert results["universality"]["features"] == pytest.approx(np.median(r.max(1)), abs=5e-3)
+    moving = raw["a"]["x"].std(0) > 0
+    assert results["universality"]["neurons"] == pytest.approx(np.median(np.nanmax(x[moving], 1)), abs=5e-3)
+    assert results["universality"]["control"] < results["universality"]["features"]
+
+
+def test_controls_splitting_and_explanations_are_reported(demo):
+    results = json.loads((demo / "results.json").read_text(encoding="utf-8"))
+    page = (demo / "report.html").read_text(encoding="utf-8")
+    assert results["splitting"]["widths"] == [128, 256, 512] and all(s["edges"] for s in results["splitting"]["steps"])
+    groups = results["explain"]["summary"]
+    assert set(groups) == {"features", "neurons", "random directions", "misplaced features", "shuffled model"}
+    assert abs(groups["misplaced features"]["spearman"]["mean"]) < 0.15 < groups["features"]["spearman"]["mean"]
+    for heading in ("Features split as", "Does another run find", "Can they be explained", "The paper’s analyses"):
+        assert heading in page
+    for name in ("survey.npz", "match.json", "split.json"):
+        assert (demo / name).exists()

@@ -139,7 +139,7 @@ def test_noise_is_a_counted_failure(tiny, tiny_url, tmp_path):
     first, second = explain_case.halves(explain_case.RULES["script"])
     pair = (_few(first), _few(second))
     settings = ExplainConfig(
-        explainer="endpoint", endpoint=tiny_url, model=str(tiny), windows=4, judged=2, malformed_retries=1,
+        explainer="endpoint", endpoint=tiny_url, explainer_model=str(tiny), windows=4, judged=2, malformed_retries=1,
         prompt_price=2.0, completion_price=4.0,
     )  # fmt: skip
     spy = Spy(explainer_of(settings).chat)  # type: ignore[attr-defined]
@@ -184,7 +184,7 @@ def test_a_local_model_without_a_template_and_with_a_short_context():
 
 def test_a_local_model_that_is_not_there(tmp_path):
     with pytest.raises(FastSAEError, match="check --model") as caught:
-        explainer_of(ExplainConfig(explainer="local", model=str(tmp_path / "none")))
+        explainer_of(ExplainConfig(explainer="local", explainer_model=str(tmp_path / "none")))
     assert "\n" not in str(caught.value)
 
 
@@ -220,7 +220,8 @@ def test_an_instruction_tuned_model_goes_through_the_whole_protocol(instruct, tm
     pair, out = (_few(first), second), tmp_path / "out"
     with served(instruct, tmp_path / "serve.log") as url:
         settings = ExplainConfig(
-            explainer="endpoint", endpoint=url, model=str(instruct), windows=4, judged=4, windows_per_request=1,
+            explainer="endpoint", endpoint=url, explainer_model=str(instruct),
+            windows=4, judged=4, windows_per_request=1,
             malformed_retries=1, concurrency=1, prompt_price=1.0, timeout=300.0,
         )  # fmt: skip
         report = explain_features({"a": [pair]}, explain_case.bytes_of(), settings, out, show_progress=False)

@@ -13,24 +13,26 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
+from torch import Tensor, nn
 
 from fastsae.analysis import goals
 from fastsae.analysis.cards import Cards
+from fastsae.analysis.evidence import contexts_map, evidence_of, live_features
 from fastsae.analysis.explain import ExplainConfig, explain_features
 from fastsae.analysis.gaps import GapCounter, Gaps
 from fastsae.analysis.held_out import HeldOut
-from fastsae.analysis.logit_map import LogitMap, logit_map
+from fastsae.analysis.logit_map import LogitMap
 from fastsae.analysis.neurons import neuron_basis
 from fastsae.analysis.passes import take_survey
 from fastsae.analysis.proxies import DEFAULT, Proxy, proxies
 from fastsae.analysis.splitting import Split, SplitConfig, Splitting
 from fastsae.analysis.stream import Read, Source
-from fastsae.analysis.study import CHOOSE, SCORE, Effects, Known, Study, chosen_features
+from fastsae.analysis.study import Effects, Known, Study, chosen_features
 from fastsae.analysis.survey import Survey, SurveyConfig
 from fastsae.analysis.text import Text
-from fastsae.analysis.universality import Match, MatchConfig, Matching
+from fastsae.analysis.universality import Match, MatchConfig, Matching, shuffled
+from fastsae.codes import SparseCode
 from fastsae.errors import FastSAEError
 from fastsae.files import write_json
 from fastsae.sae import SAE
@@ -124,7 +126,7 @@ def analyze(
     second = run.second(control, chosen)
     controls = {name: Cards(survey) for name, survey in second.surveys.items() if name != "features"}
     known = Known(
-        run.source, tokenizer, cards, controls, run.held_out(), run.logits(), neuron_basis(sae.W_dec, k=5),
+        run.source, tokenizer, cards, controls, run.held_out, run.logits(), neuron_basis(sae.W_dec, k=5),
         first.match, second.gaps, run.text.bytes_of,
     )  # fmt: skip
     how = Effects(config.batch_size, config.sample_tokens, config.samples, config.seed)
@@ -175,6 +177,9 @@ class _Run:
         self.show = show_progress
         chosen: list[Proxy] = proxies(config.categories)
         self.text = Text(tokenizer, documents, chosen)
+        self.held_out = HeldOut(
+            self.text, tokenizer, config.context, config.contexts_per_effect, config.tokens, config.seed
+        )
         self.how = SurveyConfig(
             categories=config.categories, tokens=config.tokens, context=config.context,
             batch_size=config.batch_size, seed=config.seed,
@@ -188,11 +193,11 @@ class _Run:
         matching = splitting = None
         if other is not None:
             second = Source(other[0], other[1], hook)
-            third = Source(*control, hook) if control is not None else None
+            third = Source(*(control or (other[0], shuffled(other[1], self.config.seed))), hook)
             matching = Matching(
                 self.source, second, third, self.text.half.tolist(), MatchConfig(context=self.config.context)
             )
-            beside += [second] if third is None else [second, third]
+            beside += [second, third]
         compared = len(beside)
         layers = sorted([sae, *widths], key=lambda one: one.cfg.d_sae)
         if widths:
@@ -220,6 +225,8 @@ class _Run:
         limit = min(len(self.text), self.config.tokens or len(self.text))
         sources = {"features": self.source, "neurons": Source(neurons_as_features(sae), model, hook)}
         sources["random directions"] = Source(random_features(sae, self.config.seed), model, hook)
+        misplaced: Any = Misplaced(sae, self.config.seed)
+        sources["misplaced features"] = Source(misplaced, model, hook)
         if control is not None:
             sources["shuffled model"] = Source(*control, hook)
         counters = {p: GapCounter(f, sae.cfg.d_sae, seed=self.config.seed) for p, f in chosen.items()}
@@ -231,8 +238,9 @@ class _Run:
             for p, counter in counters.items():
                 counter.add(some, torch.from_numpy(inside[:, p]))
 
-        # Bookkeeping of neurons costs their density: fewer examples, none of the weakest, no pairs.
-        how = replace(self.how, bottom=0, cofiring_up_to=0)
+        # Bookkeeping of neurons costs their density: none of the weakest examples, no pairs. Small batches: also a kind
+        # of text that stands in few documents comes up then.
+        how = replace(self.how, bottom=0, cofiring_up_to=0, batch_size=4)
         surveys = take_survey(
             list(sources.values()), self.tokenizer, self.documents, how, watch=watch, text=self.text,
             world=max(1, math.ceil(limit / self.config.control_tokens)), show_progress=self.show,
@@ -240,34 +248,17 @@ class _Run:
         found = {p: counter.result() for p, counter in counters.items() if counter.tokens}
         return _Second(dict(zip(sources, surveys, strict=True)), found)
 
-    def held_out(self) -> HeldOut:
-        config = self.config
-        return HeldOut(
-            self.text, self.tokenizer, config.context, config.contexts_per_effect, config.tokens, config.seed
-        )
-
     def logits(self) -> LogitMap | None:
         """None for a model without an unembedding."""
-        ids = self.held_out().ids[:_LOGIT_CONTEXTS]
-        if not len(ids):
-            return None
-        keep = torch.ones(ids.shape, dtype=torch.bool)
-        keep[:, 0] = self.tokenizer.bos_token_id is None
-        try:
-            return logit_map(self.source.model, self.source.hook, ids, keep)
-        except FastSAEError:
-            return None
+        ids = self.held_out.ids[:_LOGIT_CONTEXTS]
+        return contexts_map(self.source, ids, self.tokenizer.bos_token_id is not None) if len(ids) else None
 
     def explain(self, surveys: dict[str, Survey]) -> dict:
         """Scores of the offline explainer on features and controls, from the same tokens, and what it said."""
-        generator = torch.Generator().manual_seed(self.config.seed)
-        groups = {}
-        for name, survey in surveys.items():
-            cards = Cards(survey)
-            fires = np.minimum(*(survey.sums["fires"][half] for half in (CHOOSE, SCORE)))
-            live = torch.from_numpy(np.flatnonzero(fires >= 50))
-            drawn = live[torch.randperm(len(live), generator=generator)[: self.config.explain_features]].tolist()
-            groups[name] = [(cards.evidence(f, CHOOSE), cards.evidence(f, SCORE)) for f in drawn]
+        groups = {
+            name: evidence_of(Cards(survey), live_features(survey, self.config.explain_features, self.config.seed))
+            for name, survey in surveys.items()
+        }
         settings = ExplainConfig(seed=self.config.seed)
         found = explain_features(groups, self.text.bytes_of, settings, show_progress=self.show)
         said = sorted(found["results"]["features"], key=lambda one: -(one.spearman or 0))
@@ -300,6 +291,23 @@ def random_features(sae: SAE, seed: int = 0) -> SAE:
     return made.eval()
 
 
+class Misplaced(nn.Module):
+    """A dictionary whose features fire as often and as strongly, on tokens drawn at random: what chance explains."""
+
+    def __init__(self, sae: SAE, seed: int) -> None:
+        super().__init__()
+        self._sae, self.cfg = sae, sae.cfg
+        self._generator = torch.Generator().manual_seed(seed)
+
+    @property
+    def device(self) -> torch.device:
+        return self._sae.device
+
+    def encode_sparse(self, x: Tensor) -> SparseCode:
+        order = torch.randperm(len(x), generator=self._generator).to(x.device)
+        return self._sae.encode_sparse(x[order])
+
+
 def _universality(match: Match | None) -> dict | None:
     """Medians over live features, over neurons, and of the control."""
     if match is None:
@@ -309,7 +317,7 @@ def _universality(match: Match | None) -> dict | None:
         "features": found["pearson"], "held_out": found["held_out"], "one_to_one": found["assigned_pearson"],
         "neurons": found["neurons"], "neurons_held_out": found["neurons_held_out"], "control": found["control"],
         "control_held_out": found["control_held_out"], "logits": found["logit_pearson"],
-        "decoder_cosine": found["decoder_cosine"], "count": int(match.live.sum()),
+        "count": int(match.live.sum()),
     }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastsae.analysis import effects, specificity
 from fastsae.analysis.cards import Cards
+from fastsae.analysis.evidence import CHOOSE, SCORE
 from fastsae.analysis.examples import Example
 from fastsae.analysis.gaps import Gaps
 from fastsae.analysis.held_out import HeldOut
@@ -27,7 +28,6 @@ from fastsae.hooks import activations
 
 PREFIXES = ("", "\n", "1, 2, 3, 4, 5, 6, 7, 8, 9, 10,")  # neutral: nothing, a new line, and the paper's count to ten
 LEAST = 20  # tokens of a category in each half, for it to be reported
-CHOOSE, SCORE = 0, 1  # halves of the documents
 
 
 class Known(NamedTuple):

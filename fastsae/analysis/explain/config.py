@@ -27,7 +27,7 @@ class ExplainConfig:
     Args:
         explainer: offline (a search for the smallest pattern, no language model), endpoint (a server with OpenAI's API)
             or local (a Hugging Face causal LM in this process).
-        model: The endpoint's name for its model, or a folder or hub name for local.
+        explainer_model: The endpoint's name for its model, or a folder or hub name for local.
         endpoint: URL of the server, usually ending in /v1. Left out, OpenAI's.
         api_key_file: File with the endpoint's key alone. Left out, the openai package takes OPENAI_API_KEY.
         windows: Held-out windows of 9 tokens on which activations are predicted; the paper has 60.
@@ -49,7 +49,7 @@ class ExplainConfig:
     """
 
     explainer: Kind = "offline"
-    model: str | None = None
+    explainer_model: str | None = None
     endpoint: str | None = None
     api_key_file: Path | None = None
     windows: int = 60
@@ -77,8 +77,10 @@ class ExplainConfig:
             if value is not None and (value < 0 or value == 0 and name not in _NOT_NEGATIVE):
                 least = "at least 0" if name in _NOT_NEGATIVE else "above 0"
                 raise ConfigError(f"{name} must be {least}, got {value}")
-        if self.explainer != "offline" and not self.model:
-            raise ConfigError(f"the {self.explainer} explainer needs a model: give --model, or take explainer offline")
+        if self.explainer != "offline" and not self.explainer_model:
+            raise ConfigError(
+                f"the {self.explainer} explainer needs a model: give --explainer-model, or take explainer offline"
+            )
         if self.explainer != "endpoint" and self.endpoint is not None:
             raise ConfigError(f"endpoint goes with --explainer endpoint, not with {self.explainer}")
 
@@ -90,14 +92,14 @@ def explainer_of(config: ExplainConfig, cache: Path | None = None) -> Explainer:
     """
     if config.explainer == "offline":
         return OfflineExplainer()
-    assert config.model is not None
+    assert config.explainer_model is not None
     if config.explainer == "local":
-        chat = _local(config.model, config.device)
+        chat = _local(config.explainer_model, config.device)
     else:
         key = read_key(config.api_key_file) if config.api_key_file is not None else None
         names = ("timeout", "retries", "backoff", "requests_per_minute", "concurrency")
         same = {name: getattr(config, name) for name in names}
-        chat = EndpointChat(EndpointConfig(model=config.model, endpoint=config.endpoint, key=key, **same))
+        chat = EndpointChat(EndpointConfig(model=config.explainer_model, endpoint=config.endpoint, key=key, **same))
     names = ("windows_per_request", "malformed_retries", "extra_tokens", "prompt_price", "completion_price", "seed")
     ask = AskConfig(**{name: getattr(config, name) for name in names})
     path = config.cache or cache
@@ -114,5 +116,5 @@ def _local(name: str, device: str) -> LocalChat:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         detail = " ".join(str(error).split())[:160]
-        raise FastSAEError(f"no causal LM could be loaded from {name!r} ({detail}); check --model") from None
+        raise FastSAEError(f"no causal LM could be loaded from {name!r} ({detail}); check --explainer-model") from None
     return LocalChat(torch.nn.Module.to(model, choose_device(device)), tokenizer, name)
