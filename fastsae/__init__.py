@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fastsae import analysis, synthetic
     from fastsae.codes import SparseCode
     from fastsae.config import SAEConfig
+    from fastsae.dashboard.notebook import show
     from fastsae.errors import FastSAEError
     from fastsae.estimate import estimate
     from fastsae.evaluate import evaluate
@@ -42,6 +43,7 @@ __all__ = [
     "estimate",
     "evaluate",
     "harvest",
+    "show",
     "synthetic",
     "train",
 ]
@@ -55,6 +57,7 @@ _HOME = {
     "ActivationStore": "fastsae.store",
     "TrainConfig": "fastsae.train",
     "TrainStep": "fastsae.step",
+    "show": "fastsae.dashboard.notebook",
 }
 # Modules that are named after the one function that people want from them: fastsae.train(...) calls it.
 _VERBS = ("train", "harvest", "evaluate", "estimate")

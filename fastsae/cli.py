@@ -14,7 +14,7 @@ from typing import Annotated, Any, get_args
 
 from fastsae.analysis import AnalyzeConfig
 from fastsae.analysis.steering import Steering
-from fastsae.cli_analysis import explain, match, split, steer
+from fastsae.cli_analysis import explain, match, serve, split, steer
 from fastsae.errors import FastSAEError
 from fastsae.estimate import Estimate
 from fastsae.evaluate import EvalConfig
@@ -234,6 +234,7 @@ VERBS: dict[str, Callable[..., dict | Estimate | Steering]] = {
     "steer": steer,
     "match": match,
     "split": split,
+    "serve": serve,
     "explain": explain,
     "estimate": estimate,
 }
@@ -340,7 +341,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _again(argv: Sequence[str]) -> str:
     """How to go on with a verb that was stopped."""
-    if argv[:1] in (["eval"], ["analyze"], ["steer"], ["match"], ["split"], ["estimate"]):
+    if argv[:1] in (["eval"], ["analyze"], ["steer"], ["match"], ["split"], ["serve"], ["estimate"]):
         return "the same command starts over"
     resume = "" if argv[:1] == ["demo"] else " with --resume"
     return f"the same command{resume} goes on from here"

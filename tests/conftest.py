@@ -1,6 +1,8 @@
 """What all tests share: the `gpu` marker, Triton's interpreter, and one hypothesis profile."""
 
 import os
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,3 +34,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") is not None:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report to serve, which tests may read and not change."""
+    from tests.serve_case import make_report
+
+    made = tmp_path_factory.mktemp("report")
+    make_report(made)
+    return made
+
+
+@pytest.fixture(scope="session")
+def live(folder: Path) -> Any:
+    from fastsae.dashboard.stored import Stored
+    from tests.serve_case import make_live
+
+    return make_live(Stored(folder).maximum)
+
+
+@pytest.fixture(scope="module")
+def client(folder: Path, live: Any) -> Any:
+    pytest.importorskip("fastapi")
+    from fastapi.testclient import TestClient
+
+    from fastsae.dashboard.server import create_app
+    from tests.serve_case import LOCAL
+
+    with TestClient(create_app(folder, live), base_url=LOCAL) as made:
+        yield made

@@ -26,7 +26,7 @@ from fastsae.analysis.logit_map import LogitMap
 from fastsae.analysis.neurons import neuron_basis
 from fastsae.analysis.passes import take_survey
 from fastsae.analysis.proxies import DEFAULT, Proxy, proxies
-from fastsae.analysis.splitting import Split, SplitConfig, Splitting
+from fastsae.analysis.splitting import FeatureMap, Split, SplitConfig, Splitting, map_of
 from fastsae.analysis.stream import Read, Source
 from fastsae.analysis.study import Effects, Known, Study, chosen_features
 from fastsae.analysis.survey import Survey, SurveyConfig
@@ -102,7 +102,8 @@ def analyze(
     quality: dict | None = None,
     show_progress: bool = True,
 ) -> dict:
-    """Writes out/report.html, out/results.json, out/survey.npz and PNG figures; returns the results.
+    """Writes a site of all features (out/index.html), out/report.html on the categories, out/results.json,
+    out/survey.npz and PNG figures; returns the results.
 
     documents: text that neither model nor SAE was trained on (strings, or objects with a `text`). other: (SAE, model)
     of another run with the same tokenizer, in which every feature is looked for. control: (SAE, model) of a model with
@@ -152,6 +153,7 @@ def analyze(
         first.match.save(out / "match.json")
     write_json(out / "results.json", json.loads(json.dumps(results, default=float)))
     report.write(results, out)
+    run.site(out, results, first, known)
     return results
 
 
@@ -174,7 +176,7 @@ class _Run:
         self, source: Source, tokenizer: Any, documents: Sequence[Any], config: AnalyzeConfig, show_progress: bool
     ) -> None:
         self.source, self.tokenizer, self.documents, self.config = source, tokenizer, documents, config
-        self.show = show_progress
+        self.show, self.layers = show_progress, [source.sae]
         chosen: list[Proxy] = proxies(config.categories)
         self.text = Text(tokenizer, documents, chosen)
         self.held_out = HeldOut(
@@ -199,7 +201,7 @@ class _Run:
             )
             beside += [second, third]
         compared = len(beside)
-        layers = sorted([sae, *widths], key=lambda one: one.cfg.d_sae)
+        self.layers = layers = sorted([sae, *widths], key=lambda one: one.cfg.d_sae)
         if widths:
             splitting = Splitting([one.cfg.d_sae for one in layers], SplitConfig())
             beside += [Source(one, model, hook) for one in widths]
@@ -252,6 +254,38 @@ class _Run:
         """None for a model without an unembedding."""
         ids = self.held_out.ids[:_LOGIT_CONTEXTS]
         return contexts_map(self.source, ids, self.tokenizer.bos_token_id is not None) if len(ids) else None
+
+    def site(self, out: Path, results: dict, first: _First, known: Known) -> None:
+        """out/index.html and what it shows of all features."""
+        from fastsae.dashboard import facts, site
+
+        sae, cards = self.source.sae, known.cards
+        shown = [row["feature"] for row in (*results["categories"], *results["features"])]
+        said = (results["explain"] or {}).get("features", [])
+        layers = [] if first.split is None else self.layers
+        about = facts.Facts(
+            cards, self.text.bytes_of, self.source.hook, results,
+            logits=None if known.logits is None else facts.logits_of(known.logits, sae, len(self.text.bytes_of)),
+            neighbours=facts.neighbours_of(sae),
+            match=first.match,
+            split=first.split,
+            map=self._map(layers or [sae], first.split),
+            layer=0 if first.split is None else first.split.widths.index(sae.cfg.d_sae),
+            ultra_low=facts.ultra_low_of(sae, cards),
+            explanations={f: facts.Explained(text, score, detection) for f, text, score, detection in said},
+            effects=facts.window_effects(
+                self.source, self.tokenizer, self.text, cards, sorted(set(shown)), batch_size=self.config.batch_size
+            ),
+        )  # fmt: skip
+        site.write_site(out, about, show_progress=self.show)
+
+    def _map(self, layers: Sequence[SAE], split: Split | None) -> FeatureMap | None:
+        """None where too few features fire to be mapped, or umap is not installed."""
+        try:
+            keep = None if split is None else [part > 0 for part in split.density]
+            return map_of([one.W_dec for one in layers], keep, seed=self.config.seed)
+        except FastSAEError:
+            return None
 
     def explain(self, surveys: dict[str, Survey]) -> dict:
         """Scores of the offline explainer on features and controls, from the same tokens, and what it said."""

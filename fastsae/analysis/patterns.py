@@ -38,6 +38,8 @@ def compiled(pattern: str) -> Any:
         return regex.compile(pattern)
     except regex.error as error:
         raise PatternError(f"expected a regular expression, got {pattern!r}: {error}") from None
+    except (RecursionError, OverflowError, MemoryError):
+        raise PatternError(f"expected a shorter regular expression, got one of {len(pattern)} characters") from None
 
 
 @dataclass(frozen=True)

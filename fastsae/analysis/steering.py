@@ -6,7 +6,7 @@ Axes: B continuations of one prompt, T tokens, V vocabulary.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -140,12 +140,14 @@ def steer(
     samples: int = 3,
     temperature: float = 1.0,
     seed: int = 0,
+    watch: Callable[[], None] | None = None,
 ) -> list[Steered]:
     """Continuations of each prompt without and with the edits, from the same random numbers.
 
     The edits act on every token, those of the prompt included; keys and values are cached, and those in the cache are
-    of edited tokens. Raises FastSAEError: features that the dictionary does not have, no such module, a tokenizer of
-    another model, an empty prompt for a tokenizer without begin-of-text token.
+    of edited tokens. watch: called after every token that all continuations have got; what it raises ends the writing.
+    Raises FastSAEError: features that the dictionary does not have, no such module, a tokenizer of another model, an
+    empty prompt for a tokenizer without begin-of-text token, a value under which the model's output is not finite.
     """
     find_module(model, hook)
     model_limits(model, tokenizer, 1)
@@ -159,7 +161,7 @@ def steer(
                 generator = torch.Generator().manual_seed(seed + number)
                 ids = continuations(
                     model, hook, begin, change, tokens=tokens, count=samples, temperature=temperature,
-                    generator=generator,
+                    generator=generator, watch=watch,
                 )  # fmt: skip
                 sides.append(_texts(model, hook, tokenizer, begin, ids))
             found.append(Steered(prompt, *sides))
@@ -177,6 +179,7 @@ def continuations(
     count: int,
     temperature: float,
     generator: torch.Generator,
+    watch: Callable[[], None] | None = None,
 ) -> Tensor:
     """`count` continuations of prefix [T], [count, tokens], with the hooked output edited at every token.
 
@@ -196,6 +199,8 @@ def continuations(
                 out = model(ids[:, -1:].to(device), use_cache=True, **{str(name): past})
             past = getattr(out, str(name), None) if cached else None
             ids = torch.cat([ids, _next(out.logits[:, -1].float().cpu(), temperature, generator)], dim=1)
+            if watch is not None:
+                watch()
     return ids[:, len(prefix) :]
 
 
@@ -210,6 +215,8 @@ def _cache_name(model: Any) -> str | None:
 
 def _next(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
     """[B, 1] from logits [B, V]."""
+    if not torch.isfinite(logits).all():
+        raise FastSAEError("the model's output is not finite with these edits: choose smaller values")
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)

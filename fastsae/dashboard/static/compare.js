@@ -1,0 +1,50 @@
+"use strict";
+// The other run: is every feature there too, more than chance and neurons would have it?
+
+fastsae.page("compare", async (main) => {
+  const { h, columns, count, fixed, link, charts } = fastsae;
+  const it = await columns("compare");
+  main.append(h("h1", null, "In the other run"));
+  if (!it) {
+    main.append(h("p", { class: "note" }, "This report was made without a second dictionary. Give analyze another run, or ask the live server to compare two."));
+    return;
+  }
+  const live = it.pearson.filter((r) => r !== null);
+  const names = { pearson: "features", held_out: "features, held out", assigned_pearson: "one to one", logit_pearson: "logit weights",
+    decoder_cosine: "decoder rows (cosine)", control: "control: a model with shuffled weights", control_held_out: "control, held out", neurons: "neurons", neurons_held_out: "neurons, held out" };
+  main.append(
+    h("p", { class: "lead" }, `For each of ${count(live.length)} features${it.sampled ? " (a sample)" : ""} that fire often enough, the feature of the other dictionary that follows it best over ${count(it.tokens)} tokens.`),
+    h("div", { class: "two" },
+    h("section", null, h("h2", null, "Medians"), fastsae.table(["", "median r"], Object.entries(it.medians).filter(([, r]) => r !== null).map(([name, r]) => [names[name] ?? name, fixed(r)]), { label: "Medians" })),
+    h("section", null, h("h2", null, "How alike"), picture())),
+    h("section", null, h("h2", null, "Feature by feature"), pairs()));
+
+  function picture() {
+    const width = 0.05, bins = 20;
+    const shares = (values) => {
+      const counts = new Array(bins).fill(0), real = (values ?? []).filter((r) => r !== null);
+      for (const r of real) counts[Math.max(0, Math.min(bins - 1, Math.floor(r / width)))]++;
+      return counts.map((n) => n / Math.max(real.length, 1));
+    };
+    const kinds = [["pearson", "features", "hot", "solid"], ["neurons", "neurons", "bar", "dash"], ["control", "control", "soft", "dot"]]
+      .filter(([key]) => it[key]).map(([key, name, color, dash]) => ({ name, color, dash, y: shares(it[key]) }));
+    return charts.chart(() => ({
+      traces: kinds.map(({ name, color, dash, y }) => ({ type: "scatter", mode: "lines", name, x: y.map((_, i) => (i + 0.5) * width), y,
+        line: { color: charts.color(color), width: 2.5, dash, shape: "hvh" }, hovertemplate: `${name}: %{y:.1%}<extra></extra>` })),
+      layout: { showlegend: true, hovermode: "x", xaxis: { title: { text: "Pearson’s r with the best match" }, range: [0, 1] }, yaxis: { title: { text: "share" }, tickformat: ".0%" } },
+    }), { label: "Distribution of the best match’s correlation, for features, neurons and control", height: 280,
+          figures: { head: ["r from", ...kinds.map(({ name }) => name)], rows: Array.from({ length: bins }, (_, i) => [fixed(i * width), ...kinds.map(({ y }) => fastsae.percent(y[i]))]) } });
+  }
+
+  function pairs() {
+    const order = it.feature.map((_, i) => i).filter((i) => it.pearson[i] !== null).sort((a, b) => it.pearson[b] - it.pearson[a]);
+    const row = (i) => [link(it.feature[i]), String(it.best[i]), fixed(it.pearson[i]), fixed(it.held_out?.[i]), fixed(it.logit_pearson?.[i])];
+    const head = ["feature", "there", "r", "held out", "logit weights"], some = 15;
+    return [
+      h("div", { class: "two" },
+        h("div", null, h("h3", null, "Most alike"), fastsae.table(head, order.slice(0, some).map(row), { label: "Most alike" })),
+        h("div", null, h("h3", null, "Least alike"), fastsae.table(head, order.slice(-some).reverse().map(row), { label: "Least alike" }))),
+      h("p", null, h("a", { href: "#/features?sort=match" }, "All of them, by match")),
+    ];
+  }
+});

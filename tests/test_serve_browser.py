@@ -1,0 +1,206 @@
+"""The live page in Debian's Chromium, on a server that runs: what a reader does, and that nothing complains.
+
+Needs playwright and a chromium on the PATH (apt install chromium); skipped where one is missing.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi")
+
+from fastsae.dashboard.server import create_app
+from tests.test_serve import dense
+
+uvicorn = pytest.importorskip("uvicorn")
+playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'fastsae[dev]'")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium: apt install chromium")
+TABS = ("", "/steer", "/proxy", "/compare")
+
+
+def serving(app: Any) -> Iterator[str]:
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.02)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
+    server.should_exit = True
+    thread.join(10)
+
+
+@pytest.fixture(scope="module")
+def served(folder: Path, live: Any) -> Iterator[str]:
+    yield from serving(create_app(folder, live))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as p:
+        found = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+class Reader:
+    """A page, and what it complained of."""
+
+    def __init__(self, browser: Any, address: str, width: int = 1280, **options: Any) -> None:
+        self.context = browser.new_context(viewport={"width": width, "height": 900}, **options)
+        self.page, self.address, self.complaints = self.context.new_page(), address, []
+        self.page.set_default_timeout(15_000)
+        self.page.on("console", lambda m: self.complaints.append(m.text) if m.type in ("error", "warning") else None)
+        self.page.on("pageerror", lambda e: self.complaints.append(str(e)))
+        self.page.on("dialog", lambda d: (self.complaints.append(d.message), d.dismiss()))
+        self.page.on("request", self._ask)
+
+    def _ask(self, request: Any) -> None:
+        if not request.url.startswith((self.address, "data:")):
+            self.complaints.append(f"asked for {request.url}")
+
+    def go(self, route: str) -> Any:
+        self.page.goto(self.address + route)
+        self.page.wait_for_selector("main h1")
+        return self.page
+
+
+@pytest.fixture
+def reader(browser: Any, served: str) -> Iterator[Reader]:
+    made = Reader(browser, served)
+    yield made
+    made.context.close()
+    assert made.complaints == []
+
+
+def read(page: Any, text: str) -> None:
+    page.fill("textarea", text)
+    page.click("button.primary")
+    page.wait_for_selector(".reading")
+
+
+def test_a_text_in_two_scripts_shows_what_fires(reader: Reader):
+    page = reader.go("#/live")
+    text = "the cat قطة"
+    read(page, text)
+    assert page.text_content(".reading") == text  # each letter is two tokens, shown as one
+    f = dense(text)
+    assert f"{int((f > 0).any(0).sum())} features fire" in page.text_content(".live h2 >> nth=-1")
+    chosen = int(page.text_content("tr[data-chosen] th"))
+    shaded = page.eval_on_selector_all(".reading span", "all => all.map((one) => one.classList.contains('on'))")
+    on = f[:, chosen] > 0
+    assert shaded == on[:8].tolist() + on[8:].reshape(-1, 2).any(1).tolist()
+    page.click("tbody tr:nth-child(3) button")
+    other = int(page.text_content("tr[data-chosen] th"))
+    assert other != chosen
+    page.hover(".reading span >> nth=0")
+    assert page.text_content("#tip").startswith(f"feature {other}: ")
+    page.focus(".reading")
+    page.keyboard.press("ArrowRight")
+    assert page.text_content("aside h2").strip() == "On h"
+    strongest = int(f[1].argmax())
+    assert page.text_content("aside li a") == f"feature {strongest}"
+    page.click("aside li a")
+    page.wait_for_selector(f"h1:has-text('Feature {strongest}')")
+
+
+def test_hostile_text_shows_as_itself(reader: Reader):
+    page = reader.go("#/live")
+    text = "<script>alert(1)</script><img src=x onerror=alert(2)>"
+    read(page, text)
+    assert page.text_content(".reading") == text
+    assert page.evaluate("document.querySelectorAll('main img, main script').length") == 0
+    page.fill("textarea", "")
+    page.click("button.primary")
+    assert "at least 1" in page.text_content("[role=alert]")
+    reader.complaints = [c for c in reader.complaints if "422" not in c]  # Chromium tells of every refusal
+
+
+def test_steering_from_a_feature_s_page(reader: Reader):
+    page = reader.go("#/feature/7")
+    assert "null" not in page.text_content("main")
+    page.click("text=Pin it or switch it off")
+    page.wait_for_selector(".edits")
+    page.fill("textarea", "the <b>cat</b>")
+    page.fill("label:has-text('tokens') input", "12")
+    page.click("text=another feature")
+    page.fill(".edits li:last-child input >> nth=0", "9")
+    page.select_option(".edits li:last-child select", "ablate")
+    page.click("text=Write")
+    page.wait_for_selector(".texts")
+    assert page.locator(".written").count() == 4
+    assert page.text_content(".texts h2 >> nth=1").endswith(", 9 off")
+    assert all(words.startswith("the <b>cat</b>") for words in page.locator(".written").all_text_contents())
+    assert page.locator(".written b").count() == 4  # ours, around the prompt
+
+
+def test_a_long_job_shows_its_progress_is_cancelled_and_survives_a_visit_elsewhere(reader: Reader, live: Any):
+    slow = live.source.model.register_forward_hook(lambda *_: time.sleep(0.03))
+    try:
+        page = reader.go("#/live/steer")
+        page.fill("label:has-text('tokens') input", "200")
+        page.click("text=Write")
+        page.wait_for_selector("progress[value]")
+        reader.go("#/features")
+        page = reader.go("#/live/steer")
+        page.click("text=Cancel")
+        page.wait_for_selector("text=Cancelled.")
+    finally:
+        slow.remove()
+
+
+def test_proxies_and_comparison(reader: Reader):
+    page = reader.go("#/live/proxy")
+    page.fill("input[list]", "vowels=regex:[aeiou]")
+    page.click("text=Score every feature")
+    page.wait_for_selector("tbody")
+    assert page.text_content("section h2").startswith("vowels: ") and page.locator("tbody tr").count() == 20
+    page.fill("input[list]", "Thai")
+    page.click("text=Score every feature")
+    page.wait_for_selector("text=tokens belong to Thai")
+    page = reader.go("#/live/compare")
+    page.click("button.primary")
+    page.wait_for_selector("tbody")
+    assert page.text_content("section h2").startswith("Median r ") and page.locator("tbody tr").count() == 40
+
+
+def test_without_a_model_it_says_why(browser: Any, folder: Path):
+    for address in serving(create_app(folder, None, note="the model moved out")):
+        reader = Reader(browser, address)
+        page = reader.go("#/live")
+        assert page.text_content(".note") == "the model moved out"
+        assert page.locator("textarea").count() == 0
+        page = reader.go("#/live/proxy")  # of which the report answers some
+        assert "false" not in page.text_content("main")
+        page.fill("input[list]", "Arabic")
+        page.click("text=Score every feature")
+        page.wait_for_selector("tbody")
+        reader.context.close()
+        assert reader.complaints == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_serious_and_a_telephone_is_wide_enough(browser: Any, served: str, scheme: Any):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python")
+    for width in (1280, 400):
+        # The page forbids inline scripts, and axe is one.
+        reader = Reader(browser, served, width=width, color_scheme=scheme, bypass_csp=True)
+        for tab in TABS:
+            page = reader.go(f"#/live{tab}")
+            if tab == "":
+                read(page, "the cat قطة sat")
+            elif tab == "/compare":
+                page.click("button.primary")
+                page.wait_for_selector("tbody")
+            assert page.evaluate("document.documentElement.scrollWidth") == width, tab
+            found = axe.Axe().run(page).response["violations"]
+            serious = [(v["id"], v["nodes"][0]["html"][:200]) for v in found if v["impact"] in ("serious", "critical")]
+            assert serious == [], (tab, width)
+        reader.context.close()

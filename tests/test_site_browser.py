@@ -1,0 +1,280 @@
+"""The site in Debian's Chromium, from the disk and from a plain server: what a reader does, and that nothing complains.
+
+Needs playwright (in the extra dev) and a chromium on the PATH (apt install chromium); skipped where one is missing.
+"""
+
+import functools
+import http.server
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastsae.dashboard import data, site
+from fastsae.dashboard.facts import Facts
+from tests import site_case
+
+playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'fastsae[dev]'")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium: apt install chromium")
+
+F = 300
+PAGES = ("#/", "#/features", "#/feature/7", "#/feature/49", "#/compare", "#/live", "#/feature/99999", "#/nowhere")
+
+
+@pytest.fixture(scope="module")
+def facts() -> Facts:
+    return site_case.facts(F)
+
+
+@pytest.fixture(scope="module")
+def report(facts: Facts, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("report with a space")
+    site.write_site(out, facts, show_progress=False)
+    return out
+
+
+@pytest.fixture(scope="module")
+def served(report: Path) -> Iterator[str]:
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(report)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}/index.html"
+    server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as p:
+        found = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+class Reader:
+    """A page, and what it complained of."""
+
+    def __init__(self, browser: Any, address: str, width: int = 1280, dark: bool = False, **options: Any) -> None:
+        viewport, scheme = {"width": width, "height": 900}, "dark" if dark else "light"
+        self.context = browser.new_context(viewport=viewport, color_scheme=scheme, **options)
+        self.page, self.address, self.complaints = self.context.new_page(), address, []
+        self.page.on("console", lambda m: self.complaints.append(m.text) if m.type in ("error", "warning") else None)
+        self.page.on("pageerror", lambda e: self.complaints.append(str(e)))
+        self.page.on("dialog", lambda d: (self.complaints.append(d.message), d.dismiss()))
+        self.page.on("request", self._ask)
+
+    def _ask(self, request: Any) -> None:
+        if not request.url.startswith((self.address.rsplit("/", 1)[0], "data:")):
+            self.complaints.append(f"asked for {request.url}")
+
+    def go(self, route: str) -> Any:
+        self.page.goto(self.address + route)
+        self.page.wait_for_selector("main h1")
+        return self.page
+
+    def draw_all(self) -> None:
+        """Scrolls through, as charts are drawn when they come near."""
+        for _ in range(12):
+            self.page.mouse.wheel(0, 700)
+            self.page.wait_for_timeout(60)
+        self.page.wait_for_timeout(300)
+
+
+@pytest.fixture
+def reader(browser: Any, report: Path) -> Iterator[Reader]:
+    made = Reader(browser, (report / "index.html").as_uri())
+    yield made
+    made.context.close()
+    assert made.complaints == []
+
+
+@pytest.mark.parametrize("from_disk", [True, False], ids=["disk", "server"])
+def test_every_page_opens_without_a_complaint(browser, report, served, from_disk):
+    reader = Reader(browser, (report / "index.html").as_uri() if from_disk else served)
+    for route in PAGES:
+        page = reader.go(route)
+        reader.draw_all()
+        assert page.evaluate("document.querySelectorAll('main .chart:not(:has(.main-svg))').length") == 0, route
+    reader.context.close()
+    assert reader.complaints == []
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_axe_finds_nothing_serious(browser, report, dark):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python")
+    for width in (1280, 400):
+        # The page forbids inline scripts, and axe is one.
+        reader = Reader(browser, (report / "index.html").as_uri(), width=width, dark=dark, bypass_csp=True)
+        for route in PAGES:
+            page = reader.go(route)
+            reader.draw_all()
+            found = axe.Axe().run(page).response["violations"]
+            serious = [(v["id"], v["nodes"][0]["html"][:200]) for v in found if v["impact"] in ("serious", "critical")]
+            assert serious == [], (route, width)
+        reader.context.close()
+
+
+@pytest.mark.parametrize("route", PAGES)
+def test_a_telephones_width_is_enough(browser, report, route):
+    reader = Reader(browser, (report / "index.html").as_uri(), width=400)
+    page = reader.go(route)
+    reader.draw_all()
+    assert page.evaluate("document.documentElement.scrollWidth") == 400
+    reader.context.close()
+
+
+def test_the_overview_draws_densities_map_and_splitting(reader: Reader, facts: Facts):
+    page = reader.go("#/")
+    assert page.text_content("h1") == f"{F} features of model.layers.3.mlp"
+    reader.draw_all()
+    drawn = page.evaluate("""() => {
+        const canvas = document.querySelector('canvas.map');
+        const pixels = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
+        return pixels.filter((v, i) => i % 4 === 3 && v > 0).length;
+    }""")
+    assert drawn > F  # pixels
+    fills = "(all) => all.filter((p) => p.getBoundingClientRect().height > 0).map((p) => getComputedStyle(p).fill)"
+    painted = page.locator("[aria-label='Histogram of feature densities'] .bars path").evaluate_all(fills)
+    hot, bar = "rgb(213, 94, 0)", "rgb(74, 127, 165)"
+    low, healthy = (data.density_histogram(facts)[name] for name in ("ultra_low", "healthy"))
+    assert (painted.count(hot), painted.count(bar)) == (sum(map(bool, low)), sum(map(bool, healthy)))
+    page.click("figure:has([aria-label='Histogram of feature densities']) summary")
+    rows = page.locator("section:has-text('How often features fire') tbody tr")
+    total = sum(int(rows.nth(i).locator("td").nth(1).inner_text()) for i in range(rows.count()))
+    assert total == sum(healthy)
+    assert page.locator(".splitting option").count() == F // 4
+
+
+def test_a_map_that_is_used_by_keys_opens_a_feature(reader: Reader):
+    page = reader.go("#/")
+    reader.draw_all()
+    page.focus("canvas.map")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowUp")
+    number = page.inner_text("#tip").split()[1]
+    page.keyboard.press("Enter")
+    page.wait_for_selector(f"h1:has-text('Feature {number}')")
+
+
+def test_search_sort_and_open(reader: Reader, facts: Facts):
+    page = reader.go("#/features")
+    assert page.inner_text("[role=status] >> nth=0") == f"{F} features"
+    assert page.locator(".row").count() < 60  # only those in view
+    page.select_option("#sort", "density")
+    density = facts.cards.density()
+    first = int(page.inner_text(".row .f >> nth=0"))
+    assert density[first] == pytest.approx(density.max(), rel=1e-2)
+    page.click(".heads [data-sort=feature]")
+    assert [page.inner_text(f".row .f >> nth={i}") for i in range(4)] == ["0", "1", "2", "3"]
+    page.fill("#q", "number 27,")
+    assert page.locator(".row .f").all_inner_texts() == ["27", "127", "227"]
+    page.fill("#q", "شيء غير موجود")
+    assert page.locator(".row").count() == 0 and page.inner_text("[role=status] >> nth=0") == f"0 of {F} features"
+    page.fill("#q", "قطة")  # Arabic, in explanations
+    texts = [data.feature_rows(facts)["explanation"][f] for f in range(F)]
+    tokens = data.feature_rows(facts)["token"]
+    expected = sum("قطة" in text or "قطة" in token for text, token in zip(texts, tokens, strict=True))
+    assert page.inner_text("[role=status] >> nth=0") == f"{expected} of {F} features"
+    page.fill("#q", "27")
+    assert page.inner_text(".row .f >> nth=0") == "27"  # the number itself first
+    page.click(".row a >> nth=0")
+    page.wait_for_selector("h1:has-text('Feature 27')")
+    page.go_back()
+    page.wait_for_selector("h1:has-text('Features')")
+    assert page.input_value("#q") == "27"
+
+
+def test_the_list_by_keys_and_to_its_end(reader: Reader):
+    page = reader.go("#/features?sort=feature&down=0")
+    page.focus(".scroller")
+    page.keyboard.press("End")
+    page.wait_for_selector(f".row.focused:has-text('{F - 1}')")
+    page.keyboard.press("ArrowUp")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(f"h1:has-text('Feature {F - 2}')")
+
+
+def test_a_feature_shows_the_card(reader: Reader, facts: Facts):
+    page = reader.go("#/feature/7")
+    card = data.feature_card(facts, 7)
+    lines = page.locator(".windows >> nth=0 >> .window")
+    assert lines.count() == 20 == page.locator(".windows >> nth=-1 >> .window").count()
+    for n in (0, 5, 19):
+        window = card["top"][n]
+        whole = "".join(t for i, t in enumerate(window["tokens"]) if i not in window["parts"])
+        assert lines.nth(n).text_content().removeprefix("◌") == whole
+    value = card["top"][3]["activations"][card["top"][3]["at"]]
+    lines.nth(3).focus()
+    assert float(page.inner_text("#tip")) == pytest.approx(value, rel=0.01)
+    assert page.locator(".windows").count() == 2 + sum(bool(part["windows"]) for part in card["intervals"])
+    shown = [text.replace("−", "-") for text in page.locator(".pair .facts >> nth=0").locator("li").all_inner_texts()]
+    weights = [weight for _, weight in card["logits"]["top"]]
+    assert [float(text.split("\n")[-1]) for text in shown] == pytest.approx(weights, abs=6e-3)
+    assert f"feature {card['match']['feature']}" in page.inner_text("aside")
+
+
+def test_arrow_keys_move_through_a_window_the_way_it_is_read(reader: Reader, facts: Facts):
+    page = reader.go("#/feature/7")
+    directions = page.locator(".window").evaluate_all("(all) => all.map((p) => p.dir)")
+    assert {"rtl", "ltr"} <= set(directions)
+    line = page.locator(".window").nth(directions.index("rtl"))
+    line.focus()
+    here = "(p) => [...p.children].findIndex((span) => span.hasAttribute('data-here'))"
+    before = line.evaluate(here)
+    page.keyboard.press("ArrowLeft")
+    assert line.evaluate(here) == before + 1
+    page.keyboard.press("Escape")
+    assert line.evaluate(here) == -1 and not page.is_visible("#tip")
+
+
+def test_hostile_tokens_show_as_themselves(reader: Reader):
+    page = reader.go("#/feature/0")
+    seen = ""
+    for f in range(12):
+        page.goto(f"{reader.address}#/feature/{f}")
+        page.wait_for_selector(f"h1:has-text('Feature {f}')")
+        seen += page.inner_text("main")
+        assert page.evaluate("document.querySelectorAll('main script, main img, main b').length") == 0
+    for token in ("<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "&lt;", "<b>lines</b>", "‹U+202E›"):
+        assert token in seen
+
+
+@pytest.mark.parametrize("route", [
+    "#/feature/<img src=x onerror=alert(1)>", "#/feature/1e3", "#/feature/-1", "#/feature/",
+    "#/feature/../../etc/passwd", "#/constructor", "#/__proto__/1",
+    "#/features?q=<script>alert(1)</script>&sort=__proto__&cluster=x&proxy=<b>",
+])  # fmt: skip
+def test_addresses_that_mean_nothing(reader: Reader, route: str):
+    page = reader.go(route)
+    assert page.locator("main h1").count() == 1
+    assert page.evaluate("document.querySelectorAll('main script, main img').length") == 0
+
+
+def test_light_and_dark(browser, report):
+    colours = {}
+    for dark in (False, True):
+        reader = Reader(browser, (report / "index.html").as_uri(), dark=dark)
+        page = reader.go("#/feature/7")
+        colours[dark] = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        page.click("#theme")
+        colours["after", dark] = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        page.reload()
+        page.wait_for_selector("main h1")
+        assert page.evaluate("getComputedStyle(document.body).backgroundColor") == colours["after", dark]
+        reader.context.close()
+    assert colours[False] == colours["after", True] != colours[True] == colours["after", False]
+
+
+def test_a_file_that_was_not_copied_is_named(browser, report, tmp_path):
+    shutil.copytree(report, tmp_path / "copy")
+    (tmp_path / "copy" / "data" / "cards-0.js").unlink()
+    reader = Reader(browser, (tmp_path / "copy" / "index.html").as_uri())
+    page = reader.go("#/feature/3")
+    assert "data/cards-0.js is missing" in page.inner_text("[role=alert]")
+    reader.context.close()
