@@ -12,8 +12,7 @@ fastsae.map = () => {
 
   charts.when(place, async () => {
     it = await columns("map");
-    const { layer } = (await columns("splitting")) ?? { layer: Math.max(...new Set(it.layer)) };
-    mine = it.layer.map((l) => l === layer);
+    mine = it.layer.map((layer) => layer === it.here);
     reset();
     canvas.addEventListener("wheel", (event) => { event.preventDefault(); zoom(Math.exp(-event.deltaY / 400), event.offsetX, event.offsetY); }, { passive: false });
     drag();
