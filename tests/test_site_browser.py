@@ -165,6 +165,26 @@ def test_a_map_that_is_used_by_keys_opens_a_feature(reader: Reader):
     page.wait_for_selector(f"h1:has-text('Feature {number}')")
 
 
+def test_the_map_zooms_with_ctrl_and_lets_the_page_scroll_without(reader: Reader):
+    page = reader.go("#/")
+    reader.draw_all()
+    canvas = page.locator("canvas.map")
+    canvas.scroll_into_view_if_needed()
+    pixels = "(canvas) => canvas.toDataURL()"
+    before, top = canvas.evaluate(pixels), page.evaluate("scrollY")
+    box = canvas.bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + 5, box["y"] + 150)  # where no feature is, so none gets its ring
+    page.mouse.wheel(0, -100)
+    page.wait_for_timeout(200)
+    assert canvas.evaluate(pixels) == before and page.evaluate("scrollY") < top
+    page.keyboard.down("Control")
+    page.mouse.wheel(0, -200)
+    page.keyboard.up("Control")
+    page.wait_for_timeout(200)
+    assert canvas.evaluate(pixels) != before
+
+
 def test_search_sort_and_open(reader: Reader, facts: Facts):
     page = reader.go("#/features")
     assert page.inner_text("[role=status] >> nth=0") == f"{F} features"
