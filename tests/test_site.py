@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,16 @@ from fastsae.analysis.proxies import proxies
 from fastsae.analysis.stream import Source
 from fastsae.analysis.text import Text
 from fastsae.dashboard import data, site
-from fastsae.dashboard.facts import Facts, logits_of, neighbours_of, ultra_low_of, window_effects
+from fastsae.dashboard.facts import (
+    Explained,
+    Facts,
+    explanations_of,
+    logits_of,
+    neighbours_of,
+    ultra_low_of,
+    window_effects,
+)
+from fastsae.dashboard.spelling import Spelling
 from fastsae.errors import FastSAEError
 from tests import analysis_case, site_case
 
@@ -301,7 +311,7 @@ def test_the_site_of_a_model(modelled, tmp_path: Path):
 
 def test_a_character_in_parts_is_told_once():
     vocabulary = site_case.vocabulary()
-    spell = data.Spelling(vocabulary)
+    spell = Spelling(vocabulary)
     word = 2 + len(site_case.HOSTILE)
     texts, parts = spell.window(np.array([word, 0, 1, word, 1, 0]))
     assert texts == [" the0", "‹D9›", "ق", " the0", "‹82›", "‹D9›"] and parts == [1]
@@ -310,7 +320,7 @@ def test_a_character_in_parts_is_told_once():
 
 def test_four_bytes_in_four_tokens_and_a_token_across_characters():
     pieces = ["🙂".encode()[i : i + 1] for i in range(4)] + [b"a" + "ق".encode()[:1], "ق".encode()[1:] + b"b"]
-    spell = data.Spelling(TokenBytes(np.frombuffer(b"".join(pieces), np.uint8), np.cumsum([0, *map(len, pieces)])))
+    spell = Spelling(TokenBytes(np.frombuffer(b"".join(pieces), np.uint8), np.cumsum([0, *map(len, pieces)])))
     texts, parts = spell.window(np.array([0, 1, 2, 3, 4, 5]))
     assert texts[3:] == ["🙂", "a", "قb"] and parts == [0, 1, 2]
 
@@ -319,7 +329,7 @@ def test_four_bytes_in_four_tokens_and_a_token_across_characters():
 def test_hostile_tokens_are_shown_and_hide_nothing(text: str):
     vocabulary = site_case.vocabulary()
     number = 2 + site_case.HOSTILE.index(text)
-    shown = data.Spelling(vocabulary).one(number)
+    shown = Spelling(vocabulary).one(number)
     assert all(c.isprintable() or c == " " for c in shown)
     assert "\x7f" not in shown and "\x80" not in shown and "\u202e" not in shown
     printable = "".join(c for c in text if c.isprintable())
@@ -364,14 +374,26 @@ def test_a_notebooks_card_is_escaped_and_stands_by_itself(report: Path, facts: F
     assert repr(fastsae.show(3, report)).startswith("feature 3: density")
 
 
+def test_explanations_come_from_the_results():
+    results = {"explain": {"summary": {}, "features": [[3, "digits", 0.5, None]]}}
+    assert explanations_of(results) == {3: Explained("digits", 0.5, None)}
+    assert explanations_of({"explain": None}) == {}
+
+
+def test_clusters_of_a_map_of_this_dictionary_alone(facts: Facts):
+    assert facts.map is not None
+    alone = Facts(
+        facts.cards, facts.bytes_of, split=facts.split, layer=1, map=replace(facts.map, layer=np.zeros(F, int))
+    )
+    assert alone.clusters == {f: int(c) for f, c in enumerate(facts.map.clusters) if c >= 0} == facts.clusters
+
+
 def test_show_names_what_is_missing(tmp_path: Path):
     with pytest.raises(FastSAEError, match="make one with fastsae analyze"):
         fastsae.show(3, tmp_path)
 
 
 def test_half_a_surrogate_pair_does_not_stop_a_site(tmp_path: Path):
-    from fastsae.dashboard.facts import Explained
-
     facts = site_case.facts(3, explanations={0: Explained("half \ud800 a pair")})
     site.write_site(tmp_path, facts, show_progress=False)
     assert site.read_card(tmp_path, 0)["explanation"]["text"].startswith("half ")

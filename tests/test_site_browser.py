@@ -27,7 +27,10 @@ PAGES = ("#/", "#/features", "#/feature/7", "#/feature/49", "#/compare", "#/live
 
 @pytest.fixture(scope="module")
 def facts() -> Facts:
-    return site_case.facts(F)
+    made = site_case.facts(F)
+    top = made.cards.survey.top
+    top.ids[top.of(7)[0]] = 2 + len(site_case.HOSTILE) + site_case.WORDS.index("قطة")  # a window that is all Arabic
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +163,26 @@ def test_a_map_that_is_used_by_keys_opens_a_feature(reader: Reader):
     number = page.inner_text("#tip").split()[1]
     page.keyboard.press("Enter")
     page.wait_for_selector(f"h1:has-text('Feature {number}')")
+
+
+def test_the_map_zooms_with_ctrl_and_lets_the_page_scroll_without(reader: Reader):
+    page = reader.go("#/")
+    reader.draw_all()
+    canvas = page.locator("canvas.map")
+    canvas.scroll_into_view_if_needed()
+    pixels = "(canvas) => canvas.toDataURL()"
+    before, top = canvas.evaluate(pixels), page.evaluate("scrollY")
+    box = canvas.bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + 5, box["y"] + 150)  # where no feature is, so none gets its ring
+    page.mouse.wheel(0, -100)
+    page.wait_for_timeout(200)
+    assert canvas.evaluate(pixels) == before and page.evaluate("scrollY") < top
+    page.keyboard.down("Control")
+    page.mouse.wheel(0, -200)
+    page.keyboard.up("Control")
+    page.wait_for_timeout(200)
+    assert canvas.evaluate(pixels) != before
 
 
 def test_search_sort_and_open(reader: Reader, facts: Facts):

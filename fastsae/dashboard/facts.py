@@ -68,8 +68,9 @@ class Facts:
     """cards: of the survey. bytes_of: of the tokenizer's vocabulary. hook: the module that the dictionary reads.
 
     results: what `analysis.analyze` returns, of which the site shows quality, categories, universality, splitting.
-    match: the other run. split, map: dictionaries of several widths; layer: which of these this one is. effects:
-    feature → ΔNLL of the tokens of each of its top windows, in the order of `cards.top` (see window_effects).
+    match: the other run. split: dictionaries of several widths; layer: which of these this one is. map: of the same
+    ones, or of this one alone. explanations: see explanations_of. effects: feature → ΔNLL of the tokens of each of its
+    top windows, in the order of `cards.top` (see window_effects).
     Raises FastSAEError where parts are of dictionaries of different sizes.
     """
 
@@ -120,18 +121,30 @@ class Facts:
     def neurons(self) -> ClosestNeurons | None:
         return self.cards.closest_neurons(3)
 
+    @property
+    def layer_of_map(self) -> int:
+        """Which of the dictionaries of the map this one is: the only one, or the one that it is in `split`."""
+        layers = [] if self.map is None else np.unique(self.map.layer).tolist()
+        return int(layers[0]) if len(layers) == 1 else self.layer
+
     @cached_property
     def clusters(self) -> dict[int, int]:
         """Feature → its cluster on the map, of those that are in one."""
         if self.map is None:
             return {}
-        mine = (self.map.layer == self.layer) & (self.map.clusters >= 0)
+        mine = (self.map.layer == self.layer_of_map) & (self.map.clusters >= 0)
         return dict(zip(self.map.feature[mine].tolist(), self.map.clusters[mine].tolist(), strict=True))
 
     @cached_property
     def place_in_match(self) -> dict[int, int]:
         """Feature → its row in `match`."""
         return {} if self.match is None else {int(f): i for i, f in enumerate(self.match.features.tolist())}
+
+
+def explanations_of(results: dict[str, Any]) -> dict[int, Explained]:
+    """Feature → its explanation, from what `analysis.analyze` returns."""
+    found = (results.get("explain") or {}).get("features") or []
+    return {int(f): Explained(str(text), spearman, detection) for f, text, spearman, detection in found}
 
 
 @torch.no_grad()

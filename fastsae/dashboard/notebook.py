@@ -63,7 +63,9 @@ def _head(card: dict[str, Any]) -> str:
         facts.append(f"{name}: r {_number(r)}")
     if card["match"]:
         facts.append(f"in the other run: feature {card['match']['feature']}, r {_number(card['match']['pearson'])}")
-    line = f"<p style='margin:.2em 0'><bdi>{escape(said['text'])}</bdi></p>" if said else ""
+    # What an explanation quotes is kept apart: else a list of Arabic tokens would run from right to left.
+    quoted = re.sub("`[^`]*`", lambda found: f"<bdi>{found[0]}</bdi>", escape(said["text"])) if said else ""
+    line = f"<p style='margin:.2em 0'><bdi>{quoted}</bdi></p>" if said else ""
     return (
         f"<p style='font-size:1.3em;font-weight:600;margin:.2em 0'>Feature {card['feature']}</p>{line}"
         f"<p style='opacity:.75;margin:.2em 0'>{escape(' · '.join(facts))}</p>"

@@ -22,6 +22,7 @@ from typing import Any
 
 from fastsae.dashboard import data
 from fastsae.dashboard.facts import Facts
+from fastsae.dashboard.spelling import Spelling
 from fastsae.errors import FastSAEError
 from fastsae.files import write_text
 from fastsae.progress import progress
@@ -91,7 +92,7 @@ class _Writer:
 
     def cards(self, facts: Facts, meter: Any) -> list[int]:
         """Cards by file; returns the first feature of each file."""
-        spelling = data.Spelling(facts.bytes_of)
+        spelling = Spelling(facts.bytes_of)
         starts: list[int] = []
         for first in range(0, facts.d_sae, _CARDS):
             some = []

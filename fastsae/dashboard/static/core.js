@@ -183,6 +183,9 @@ const fastsae = (() => {
       .map((part, i) => i % 2 ? h("span", { dir: "ltr", class: "byte" }, part) : part).filter((part) => part !== "");
   }
 
+  /** An explanation. What it quotes is kept apart: else a list of Arabic tokens would run from right to left. */
+  const explained = (text) => h("bdi", { class: "said" }, text.split(/(`[^`]*`)/).map((part, i) => i % 2 ? h("bdi", null, part) : part));
+
   const table = (head, rows, attributes) => h("div", { class: "wide", tabindex: 0, role: "region", "aria-label": attributes?.label ?? "Table" },
     h("table", null,
       head && h("thead", null, h("tr", null, head.map((cell) => h(cell === "" ? "td" : "th", cell === "" ? null : { scope: "col" }, cell)))),
@@ -190,5 +193,5 @@ const fastsae = (() => {
 
   const link = (f, text) => h("a", { href: `#/feature/${f}` }, text ?? String(f));
 
-  return { put, load, columns, card, script, h, count, fixed, signed, percent, number, page, show, tip, table, link, bytes, visible };
+  return { put, load, columns, card, script, h, count, fixed, signed, percent, number, page, show, tip, table, link, bytes, visible, explained };
 })();

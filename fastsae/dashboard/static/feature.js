@@ -40,7 +40,7 @@ fastsae.page("feature", async (main, argument, _query, current) => {
   function explanation() {
     if (!it.explanation) return null;
     const { text, spearman, detection } = it.explanation;
-    return h("p", { class: "lead" }, h("bdi", null, text), " ",
+    return h("p", { class: "lead" }, fastsae.explained(text), " ",
       h("span", { class: "soft" }, [spearman !== null && `simulation ρ ${fixed(spearman)}`, detection !== null && `detection ${fixed(detection)}`].filter(Boolean).join(" · ")));
   }
 

@@ -108,7 +108,7 @@ fastsae.page("features", async (main, _argument, query) => {
       h("a", { href: `#/feature/${f}`, tabindex: -1 },
         h("span", { class: "f" }, String(f)),
         h("span", { class: "what" },
-          said ? h("bdi", null, said) : h("span", { class: "soft" }, it.max[i] ? (has.explanations ? "–" : "") : "never fired"),
+          said ? fastsae.explained(said) : h("span", { class: "soft" }, it.max[i] ? (has.explanations ? "–" : "") : "never fired"),
           it.explained[i] !== null && h("span", { class: "soft" }, ` ${fixed(it.explained[i])}`),
           it.ultra_low[i] ? h("span", { class: "tag" }, "ultra-low") : null),
         has.logits && h("span", { class: "token" }, h("bdi", { class: "tok" }, fastsae.visible(it.token[i], true))),

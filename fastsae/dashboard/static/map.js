@@ -12,10 +12,13 @@ fastsae.map = () => {
 
   charts.when(place, async () => {
     it = await columns("map");
-    const { layer } = (await columns("splitting")) ?? { layer: Math.max(...new Set(it.layer)) };
-    mine = it.layer.map((l) => l === layer);
+    mine = it.layer.map((layer) => layer === it.here);
     reset();
-    canvas.addEventListener("wheel", (event) => { event.preventDefault(); zoom(Math.exp(-event.deltaY / 400), event.offsetX, event.offsetY); }, { passive: false });
+    canvas.addEventListener("wheel", (event) => {
+      if (!event.ctrlKey) return;  // the page goes on scrolling where the map passes under the pointer; a pinch sends Ctrl
+      event.preventDefault();
+      zoom(Math.exp(-event.deltaY / 200), event.offsetX, event.offsetY);
+    }, { passive: false });
     drag();
     canvas.addEventListener("keydown", key);
     canvas.addEventListener("blur", () => tip.hide());
