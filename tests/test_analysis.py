@@ -189,7 +189,9 @@ def test_any_feature_can_be_asked_for(run, tmp_path: Path):
     config = dataclasses.replace(CONFIG, features=(wanted, 5, 6))
     results = analyze(sae, model, tokenizer, documents(60), HOOK, tmp_path, config, show_progress=False)
     same, other, dead = results["features"]
-    assert same["pearson"] == arabic(run)["pearson"] and same["contexts"] == arabic(run)["contexts"]
+    assert same["pearson"] == pytest.approx(arabic(run)["pearson"], abs=1e-6)
+    shown, wanted_contexts = ([c["tokens"] for c in row["contexts"]] for row in (same, arabic(run)))
+    assert shown == wanted_contexts
     assert other["feature"] == 5 and other["bins"] and other["logits"]
     assert dead["max"] == dead["density"] == 0 and dead["ablation"] is None
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -199,3 +201,20 @@ def test_any_feature_can_be_asked_for(run, tmp_path: Path):
             sae, model, tokenizer, documents(60), HOOK, tmp_path, dataclasses.replace(CONFIG, features=(-1,)),
             show_progress=False,
         )  # fmt: skip
+
+
+def test_misplaced_features_fire_as_often_and_know_nothing_of_the_text():
+    from fastsae.analysis.analyze import Misplaced
+
+    sae = SAE(d_in=4, d_sae=4, k=1, decoder_norm="free").eval()
+    with torch.no_grad():
+        sae.encoder.weight.copy_(torch.eye(4))
+    misplaced = Misplaced(sae, seed=0)
+    counts, same = torch.zeros(4), 0
+    for batch in range(40):  # every batch is of one kind
+        kind = batch % 4
+        code = misplaced.encode_sparse(torch.eye(4)[kind].repeat(100, 1))
+        counts += torch.bincount(code.indices.flatten(), minlength=4)
+        same += int((code.indices == kind).sum()) if batch >= 8 else 0
+    assert counts.min() > 700 and counts.sum() == 4000
+    assert 600 < same < 1000  # a quarter of 3,200, as chance has it

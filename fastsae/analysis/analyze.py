@@ -37,6 +37,7 @@ from fastsae.errors import FastSAEError
 from fastsae.files import write_json
 from fastsae.sae import SAE
 
+_POOL = 20_000  # tokens that misplaced features are drawn from
 _LOGIT_CONTEXTS = 8  # over which logit weights are averaged: the final norm differs little between tokens
 
 
@@ -240,9 +241,8 @@ class _Run:
             for p, counter in counters.items():
                 counter.add(some, torch.from_numpy(inside[:, p]))
 
-        # Bookkeeping of neurons costs their density: none of the weakest examples, no pairs. Small batches: also a kind
-        # of text that stands in few documents comes up then.
-        how = replace(self.how, bottom=0, cofiring_up_to=0, batch_size=4)
+        # Bookkeeping of neurons costs their density: none of the weakest examples, no pairs.
+        how = replace(self.how, bottom=0, cofiring_up_to=0)
         surveys = take_survey(
             list(sources.values()), self.tokenizer, self.documents, how, watch=watch, text=self.text,
             world=max(1, math.ceil(limit / self.config.control_tokens)), show_progress=self.show,
@@ -326,20 +326,29 @@ def random_features(sae: SAE, seed: int = 0) -> SAE:
 
 
 class Misplaced(nn.Module):
-    """A dictionary whose features fire as often and as strongly, on tokens drawn at random: what chance explains."""
+    """A dictionary whose features fire as often and as strongly, on other tokens: what chance explains.
+
+    Each token takes the code of one drawn from all that were read before (a pool of them): within a batch tokens would
+    change places with tokens of the same kind of text.
+    """
 
     def __init__(self, sae: SAE, seed: int) -> None:
         super().__init__()
         self._sae, self.cfg = sae, sae.cfg
         self._generator = torch.Generator().manual_seed(seed)
+        self._pool = torch.zeros(0, sae.cfg.d_in)
 
     @property
     def device(self) -> torch.device:
         return self._sae.device
 
     def encode_sparse(self, x: Tensor) -> SparseCode:
-        order = torch.randperm(len(x), generator=self._generator).to(x.device)
-        return self._sae.encode_sparse(x[order])
+        pool = x if not len(self._pool) else self._pool.to(x)
+        drawn = pool[torch.randint(len(pool), (len(x),), generator=self._generator).to(x.device)]
+        both = torch.cat([self._pool.to(x), x])
+        stay = torch.randperm(len(both), generator=self._generator)[:_POOL]
+        self._pool = both[stay.to(x.device)].cpu()
+        return self._sae.encode_sparse(drawn)
 
 
 def _universality(match: Match | None) -> dict | None:

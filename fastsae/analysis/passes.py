@@ -50,7 +50,7 @@ def take_survey(
     `proxies.Function`. beside: further dictionaries that are read but not surveyed. watch: called with every Read, of
     the sources and those beside, in this order. out: folder; survey-0.npz, … are written there every minute and at the
     end. resume: go on where the surveys in out stopped, or take the finished ones (what watch was shown before, it is
-    not shown again). rank, world: this process reads every world-th batch; merge the surveys of all ranks afterwards.
+    not shown again). rank, world: this process reads every world-th context; merge the surveys of all ranks afterwards.
     text: of the same documents and proxies, if it is there already.
 
     Raises FastSAEError: what `read` raises; a folder that holds surveys, without resume; ones of something else.

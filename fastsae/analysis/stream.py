@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsae.codes import SparseCode
-from fastsae.contexts import context_batches, model_limits
+from fastsae.contexts import ContextBatch, context_batches, model_limits
 from fastsae.errors import FastSAEError, TooDenseError
 from fastsae.hooks import activations
 from fastsae.progress import progress
@@ -64,8 +64,9 @@ def read(
     left out, as the harvest leaves them out. A model that several sources share runs once. Models and dictionaries run
     in evaluation mode, and between two Reads are as they were.
 
-    max_tokens: stop after the batch with which so many are reached. rank, world: only every world-th batch, from number
-    rank on. start: of these, leave out so many, for which no model runs.
+    max_tokens: stop after the batch with which so many are reached. rank, world: only every world-th context, from
+    number rank on, so that a part of the text holds a part of everything in it. start: leave out so many batches, for
+    which no model runs.
     Raises FastSAEError: no text, no such module, an SAE of another width, a tokenizer of another model, activations
     that are not finite.
     """
@@ -74,14 +75,15 @@ def read(
     for source in sources:
         model_limits(source.model, tokenizer, context)
     done = 0
-    for number, batch in enumerate(context_batches(tokenizer, documents, context, batch_size, "cut")):
+    for number, whole in enumerate(context_batches(tokenizer, documents, context, batch_size * world, "cut")):
         if max_tokens is not None and done >= max_tokens:
             return
+        done += int(whole.keep.sum())
+        batch = ContextBatch(*(column[rank::world] for column in whole))
+        if number < start or not len(batch.keep):
+            continue
         keep = batch.keep
         n = int(keep.sum())
-        done += n
-        if number % world != rank or number // world < start:
-            continue
         grid = torch.full(keep.shape, -1)
         grid[keep] = torch.arange(n)
         ran: dict[tuple[int, str], Tensor] = {}
