@@ -42,7 +42,8 @@ def chat(url: str, **options: Any) -> EndpointChat:
 
 
 def config(url: str, **options: Any) -> ExplainConfig:
-    settings: dict[str, Any] = {"explainer": "endpoint", "model": "m", "endpoint": url, "backoff": 0.01, **options}
+    settings: dict[str, Any] = {"explainer": "endpoint", "explainer_model": "m", "endpoint": url, "backoff": 0.01}
+    settings |= options
     return ExplainConfig(**settings)
 
 
@@ -278,8 +279,8 @@ def test_an_endpoint_that_is_down_is_one_line_at_once(pairs):
     ("answer", "message"),
     [
         (error(401, "bad key"), "refused the key: .*check --api-key-file"),
-        (error(404, "model m does not exist"), "has no model 'm'.*check --model and --endpoint"),
-        (error(400, "unknown model"), "refused the request: .*unknown model.*check --model"),
+        (error(404, "model m does not exist"), "has no model 'm'.*check --explainer-model and --endpoint"),
+        (error(400, "unknown model"), "refused the request: .*unknown model.*check --explainer-model"),
         (error(429, "pay", code="insufficient_quota"), "quota"),
     ],
 )

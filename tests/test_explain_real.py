@@ -165,7 +165,7 @@ def test_noise_is_a_counted_failure(tiny, tiny_url, tmp_path):
 
 
 def test_a_model_that_the_server_has_not_is_one_line(tiny_url):
-    with pytest.raises(FastSAEError, match="check --model") as caught:
+    with pytest.raises(FastSAEError, match="check --explainer-model") as caught:
         EndpointChat(EndpointConfig(model="no-such-model", endpoint=tiny_url)).complete(ASK, Session())
     assert "\n" not in str(caught.value)
 
@@ -183,7 +183,7 @@ def test_a_local_model_without_a_template_and_with_a_short_context():
 
 
 def test_a_local_model_that_is_not_there(tmp_path):
-    with pytest.raises(FastSAEError, match="check --model") as caught:
+    with pytest.raises(FastSAEError, match="check --explainer-model") as caught:
         explainer_of(ExplainConfig(explainer="local", explainer_model=str(tmp_path / "none")))
     assert "\n" not in str(caught.value)
 

@@ -155,7 +155,8 @@ class EndpointChat:
             raise FastSAEError(f"{self.url} refused the key: {_line(error)}; check --api-key-file") from None
         if isinstance(error, openai.NotFoundError):
             raise FastSAEError(
-                f"{self.url} has no model {model!r}, or is no such API: {_line(error)}; check --model and --endpoint"
+                f"{self.url} has no model {model!r}, or is no such API: {_line(error)}; check --explainer-model and "
+                "--endpoint"
             ) from None
         if isinstance(error, openai.APIStatusError):
             if getattr(error, "code", None) == "insufficient_quota":
@@ -174,7 +175,7 @@ class EndpointChat:
         message = f"{self.url} refused the request: {_line(error)}"
         if self._served or "context" in message or "too long" in message or error.status_code == 413:
             raise FeatureFailed(message) from None
-        raise FastSAEError(f"{message}; check --model {self.config.model} and --endpoint") from None
+        raise FastSAEError(f"{message}; check --explainer-model {self.config.model} and --endpoint") from None
 
     def _take_turn(self, session: Session) -> None:
         """Waits until this request may be sent at the rate allowed."""
