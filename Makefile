@@ -22,7 +22,7 @@ STATE := $(shell { pwd; cat pyproject.toml setup.py; } | cksum | cut -d ' ' -f 1
 .SUFFIXES:
 
 help:
-	@echo 'make demo    train a small language model and its dictionaries, and write a report: $(OUT)/report.html'
+	@echo 'make demo    train a small language model and its dictionaries, and write a site of its features: $(OUT)/index.html'
 	@echo '             SCALE=tiny (minutes), laptop (up to half an hour on 2 cores) or gpu; OUT=folder'
 	@echo 'make test    run the tests; ARGS="tests/test_sae.py -k topk" for some of them'
 	@echo 'make lint    ruff and pyright'

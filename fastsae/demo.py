@@ -146,7 +146,7 @@ def demo(out: Path, scale_name: str = "laptop") -> dict:
 
     _quiet_transformers()
     result = stages.run("analysis", [asdict(scale), branches], analysis)
-    _say(f"report: {out / 'report.html'} (this run: {time.monotonic() - started:.0f} s)")
+    _say(f"site: {out / 'index.html'} · report: {out / 'report.html'} (this run: {time.monotonic() - started:.0f} s)")
     return result
 
 
