@@ -1,12 +1,12 @@
 """The report: results of an analysis as one HTML page with figures beside it. Everything from text is escaped."""
 
-import unicodedata
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from fastsae import figures, report_comparisons
 from fastsae.files import write_text
+from fastsae.visible import visible
 
 # Bricken et al. 2023, text and published data of A/1: Pearson with the proxy, match in the other run.
 PAPER_PEARSON = {"Arabic": 0.74, "DNA": 0.80, "base64": 0.38, "Hebrew": 0.55}
@@ -278,7 +278,7 @@ def _logit_part(row: dict, stem: str, folder: Path) -> str:
         return ""
     figures.logits(row["logits"], row["name"], folder / f"{stem}-logits.png")
     lists = "".join(
-        f"<p>{label}: " + ", ".join(f"<bdi>{escape(_visible(t))}</bdi> <span class=soft>{_number(v, '+.2f')}</span>" for t, v in row["logits"][key]) + "</p>"
+        f"<p>{label}: " + ", ".join(f"<bdi>{escape(visible(t))}</bdi> <span class=soft>{_number(v, '+.2f')}</span>" for t, v in row["logits"][key]) + "</p>"
         for key, label in (("top", "It makes likelier"), ("bottom", "and less likely"))
     )  # fmt: skip
     return (
@@ -314,7 +314,7 @@ def _pinning_part(row: dict) -> str:
     }
     parts = []
     for key, label in labels.items():
-        samples = "".join(f"<div class=sample dir=auto>{escape(_visible(text))}</div>" for text in p["samples"][key])
+        samples = "".join(f"<div class=sample dir=auto>{escape(visible(text))}</div>" for text in p["samples"][key])
         parts.append(f"<h4>{escape(label)}: {p[key]:.1%} of the probability on {escape(row['name'])}</h4>{samples}")
     return f"<h3>What the model writes from {_prefixes(p.get('prefix'))}</h3>" + "".join(parts)
 
@@ -324,7 +324,7 @@ def _gaps_part(row: dict) -> str:
     gaps = row.get("gaps")
     if not gaps or not gaps["members"]:
         return ""
-    strings = ", ".join(f"<bdi>{escape(_visible(t))}</bdi> <span class=soft>{missed}</span>" for t, _, missed in gaps["strings"])
+    strings = ", ".join(f"<bdi>{escape(visible(t))}</bdi> <span class=soft>{missed}</span>" for t, _, missed in gaps["strings"])
     others = ", ".join(f"feature {o['feature']} (on {o['share']:.0%} of them)" for o in gaps["others"])
     return (
         f"<p>Of {gaps['members']:,} tokens of the category in a part of the text it skips {gaps['missed']:,}"
@@ -334,24 +334,7 @@ def _gaps_part(row: dict) -> str:
 
 def _prefixes(prefix: str | list[str] | None) -> str:
     prefixes = [prefix] if isinstance(prefix, str) else prefix or [""]
-    return ", ".join(f"<q><bdi>{escape(_visible(p))}</bdi></q>" if p else "nothing" for p in prefixes)
-
-
-def _visible(text: str) -> str:
-    return "".join(map(_visible_character, text))
-
-
-def _visible_character(c: str) -> str:
-    """What a reader should see of c: controls as their pictures, what would hide or turn the line as its number."""
-    if c == "\n":
-        return "⏎"
-    if c == "\t":
-        return "⇥"
-    if ord(c) < 32:
-        return chr(0x2400 + ord(c))
-    if c.isprintable() or unicodedata.category(c) == "Zs" or c in "\u200c\u200d":  # joiners: Persian, emoji
-        return c
-    return f"‹U+{ord(c):04X}›"
+    return ", ".join(f"<q><bdi>{escape(visible(p))}</bdi></q>" if p else "nothing" for p in prefixes)
 
 
 def _contexts(row: dict, shown: int = 8) -> str:
@@ -371,6 +354,6 @@ def _context(context: dict, highest: float) -> str:
             else ""
         )
         mark = " class=at" if i == context["at"] else ""
-        spans.append(f"<span{mark}{shade} title='{value:.2f}'>{escape(_visible(token))}</span>")
+        spans.append(f"<span{mark}{shade} title='{value:.2f}'>{escape(visible(token))}</span>")
     value = context["activations"][context["at"]]
     return f"<div class=ctx><span class=num>{value:.1f}</span><div dir=auto>{''.join(spans)}</div></div>"

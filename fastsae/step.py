@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from fastsae import auxk, fused_rows, living
-from fastsae.errors import ConfigError, DataError
+from fastsae.errors import DataError
 from fastsae.gradients import WeightGradients, widened
 from fastsae.moments import Rows, State
 from fastsae.row_adam import AdamOptions, RowAdam, project_
 from fastsae.row_blocks import Dead, Part, RowBlocks, Weights
 from fastsae.sae import SAE, explained
-from fastsae.step_options import ClipBy, Master, StepMetrics, Sums, check
+from fastsae.step_options import ClipBy, Master, StepMetrics, Sums, check, check_state
 
 # Through all rows once, with options, and whether the norm is wanted and the update is: `TrainStep._pass`.
 Pass = Callable[..., tuple[dict[str, Tensor], Tensor | None]]
@@ -142,12 +142,10 @@ class TrainStep:
             sae.explain_not_finite(rows, wanted)
         self._parts.append(Part(centred, out, made.values, made.indices, made.counts, pull_l1, pull_l0))
         rule.observe(made)
-        fired = made.fired > 0
-        if first is not None:
-            fired = _padded(fired, sae.cfg.d_sae)
-        sae.count_fired(fired, rows.shape[0])
+        sae.count_fired(_padded(made.fired > 0, sae.cfg.d_sae), rows.shape[0])
         fve = explained(mse / max(rows.shape[0], 1), wanted)
-        self._add(Sums(rows.shape[0], mse, sparsity, aux, made.l0.sum(), fve))
+        sums = Sums(rows.shape[0], mse, sparsity, aux, made.l0.sum(), fve)
+        self._sums = sums if self._sums is None else self._sums.plus(sums)
 
     @torch.no_grad()
     def update(self) -> StepMetrics:
@@ -245,18 +243,7 @@ class TrainStep:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """What state_dict gave, of a TrainStep with the same options. Raises ConfigError where it does not fit."""
         there = self.tensors
-        missing, more = sorted(set(there) - set(state)), sorted(set(state) - set(there) - set(self.numbers))
-        if missing or more or not set(self.numbers) <= set(state):
-            raise ConfigError(
-                f"the state of another kind of TrainStep: missing {missing or 'nothing'}, not known "
-                f"{more or 'nothing'}; make the TrainStep with the same options"
-            )
-        for name, t in there.items():
-            if state[name].shape != t.shape or state[name].dtype != t.dtype:
-                raise ConfigError(
-                    f"expected {name} {tuple(t.shape)} in {t.dtype}, got {tuple(state[name].shape)} in "
-                    f"{state[name].dtype}; make the TrainStep with the same SAE, state and master"
-                )
+        check_state(there, self.numbers, state)
         for name, t in there.items():
             t.copy_(state[name])
         self.go_on({name: state[name] for name in self.numbers})
@@ -397,15 +384,6 @@ class TrainStep:
     def _generator(self) -> torch.Generator:
         """Of this step's rounding: the same for the same seed and step, however the run was cut."""
         return torch.Generator(self.sae.device).manual_seed((self.seed * 1_000_003 + self.steps) % 2**63)
-
-    def _add(self, more: Sums) -> None:
-        so_far = self._sums
-        if so_far is None:
-            self._sums = more
-        else:
-            for name in ("rows", "mse", "sparsity", "aux", "l0"):
-                setattr(so_far, name, getattr(so_far, name) + getattr(more, name))
-            so_far.fve = more.fve
 
     def _forget(self) -> None:
         self._parts, self._dead, self._sums, self._norms = [], [], None, None

@@ -47,6 +47,13 @@ class Sums:
     l0: Tensor
     fve: Tensor
 
+    def plus(self, more: Sums) -> Sums:
+        """With another micro-batch; fve is that of the last one."""
+        return Sums(
+            self.rows + more.rows, self.mse + more.mse, self.sparsity + more.sparsity, self.aux + more.aux,
+            self.l0 + more.l0, more.fve,
+        )  # fmt: skip
+
 
 def check(
     sae: Any, optimizer: str, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, state: str,
@@ -86,3 +93,19 @@ def check(
         )
     if sae.dtype == torch.float64 and state != "fp32":
         raise ConfigError(f"a float64 SAE keeps float64 moments, got state={state!r}; leave state at 'fp32'")
+
+
+def check_state(there: dict[str, Tensor], numbers: dict[str, int], state: dict[str, Any]) -> None:
+    """Raises ConfigError where state is not that of a TrainStep with tensors like those that are there."""
+    missing, more = sorted(set(there) - set(state)), sorted(set(state) - set(there) - set(numbers))
+    if missing or more or not set(numbers) <= set(state):
+        raise ConfigError(
+            f"the state of another kind of TrainStep: missing {missing or 'nothing'}, not known "
+            f"{more or 'nothing'}; make the TrainStep with the same options"
+        )
+    for name, t in there.items():
+        if state[name].shape != t.shape or state[name].dtype != t.dtype:
+            raise ConfigError(
+                f"expected {name} {tuple(t.shape)} in {t.dtype}, got {tuple(state[name].shape)} in "
+                f"{state[name].dtype}; make the TrainStep with the same SAE, state and master"
+            )

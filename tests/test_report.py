@@ -10,6 +10,7 @@ import pytest
 
 from fastsae import figures, report
 from fastsae.errors import MissingDependencyError
+from fastsae.visible import visible
 
 pytest.importorskip("matplotlib")
 
@@ -151,9 +152,9 @@ def test_the_figures_are_stated(tmp_path):
 
 
 def test_marks_stand_for_what_cannot_be_seen():
-    assert report._visible("a\n\t\x00") == "a⏎⇥␀"
-    assert report._visible("\u202eabc\ud800") == "‹U+202E›abc‹U+D800›"
-    assert report._visible("می\u200cخواهم\ufffd\u00a0🙂") == "می\u200cخواهم\ufffd\u00a0🙂"
+    assert visible("a\n\t\x00") == "a⏎⇥␀"
+    assert visible("\u202eabc\ud800") == "‹U+202E›abc‹U+D800›"
+    assert visible("می\u200cخواهم\ufffd\u00a0🙂") == "می\u200cخواهم\ufffd\u00a0🙂"
 
 
 def test_shares_are_whole_only_when_they_are():

@@ -261,7 +261,6 @@ class _Run:
 
         sae, cards = self.source.sae, known.cards
         shown = [row["feature"] for row in (*results["categories"], *results["features"])]
-        said = (results["explain"] or {}).get("features", [])
         layers = [] if first.split is None else self.layers
         about = facts.Facts(
             cards, self.text.bytes_of, self.source.hook, results,
@@ -272,7 +271,7 @@ class _Run:
             map=self._map(layers or [sae], first.split),
             layer=0 if first.split is None else first.split.widths.index(sae.cfg.d_sae),
             ultra_low=facts.ultra_low_of(sae, cards),
-            explanations={f: facts.Explained(text, score, detection) for f, text, score, detection in said},
+            explanations=facts.explanations_of(results),
             effects=facts.window_effects(
                 self.source, self.tokenizer, self.text, cards, sorted(set(shown)), batch_size=self.config.batch_size
             ),

@@ -5,6 +5,7 @@ Axes: N tokens of a chunk, V vocabulary.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Protocol, runtime_checkable
 
@@ -97,7 +98,7 @@ class TokenCounts:
         return (self.members[name] + 1) / (self.total + 2)
 
 
-class Membership:
+class Membership(ABC):
     """A proxy that says yes or no: P(h | s) is 1 for members and 1e-10 for the rest.
 
     So log P(s | h) / P(s) = log P(h | s) / P(h) takes two values only, P(h) being the members' share of the text.
@@ -105,9 +106,9 @@ class Membership:
 
     name: str
 
+    @abstractmethod
     def members(self, spelling: Spelling) -> np.ndarray:
         """[N] bool."""
-        raise NotImplementedError
 
     def score(self, spelling: Spelling, counts: TokenCounts | None = None) -> np.ndarray:
         """See Proxy."""

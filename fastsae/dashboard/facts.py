@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastsae.analysis.ablation import ablation
 from fastsae.analysis.cards import Cards
+from fastsae.analysis.evidence import CHOOSE, SCORE
 from fastsae.analysis.labels import TokenBytes
 from fastsae.analysis.logit_map import LogitMap
 from fastsae.analysis.neurons import ClosestNeurons
@@ -30,7 +31,6 @@ from fastsae.analysis.universality import Match
 from fastsae.errors import FastSAEError
 from fastsae.sae import SAE
 
-CHOOSE, SCORE = 0, 1  # halves of the documents
 LOGIT_BINS = 40
 _BLOCK = 1024  # decoder rows compared at once
 

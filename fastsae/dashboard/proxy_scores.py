@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from fastsae.analysis import specificity
+from fastsae.analysis.evidence import CHOOSE, SCORE
 from fastsae.analysis.stream import Read
 from fastsae.dashboard.plain import plain
 from fastsae.errors import FastSAEError
 
-CHOOSE, SCORE = 0, 1  # halves of the documents
 _AT_ONCE = 1 << 22  # bytes that are read at once on the way to what is wanted
 
 
