@@ -263,19 +263,6 @@ def test_dead_latents_are_counted_in_tokens_and_only_in_training() -> None:
 # --- start, normalisation, saving -----------------------------------------------------------------------------------
 
 
-def test_the_start_is_seeded_tied_and_of_the_norm_asked_for() -> None:
-    state = torch.get_rng_state()
-    a, b, c = (SAE(d_in=D, d_sae=F, seed=s) for s in (3, 3, 4))
-    assert torch.equal(torch.get_rng_state(), state), "the global generator has to stay as it was"
-    assert torch.equal(a.W_dec, b.W_dec) and not torch.equal(a.W_dec, c.W_dec)
-    assert torch.equal(a.encoder.weight, a.W_dec) and a.encoder.weight.data_ptr() != a.W_dec.data_ptr()
-    torch.testing.assert_close(a.W_dec.norm(dim=1), torch.ones(F))
-    assert not a.b_enc.any() and not a.b_dec.any()
-    small = SAE(d_in=D, d_sae=F, decoder_norm="free", init_decoder_norm=0.1, init_encoder="random")
-    torch.testing.assert_close(small.W_dec.norm(dim=1), torch.full((F,), 0.1))
-    assert not torch.equal(small.encoder.weight, small.W_dec)
-
-
 def test_b_dec_starts_at_the_geometric_median() -> None:
     x = data(500, D, dtype=torch.float32) + 3
     x[:20] += 1000  # the mean follows these, the median hardly does

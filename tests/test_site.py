@@ -336,44 +336,6 @@ def test_hostile_tokens_are_shown_and_hide_nothing(text: str):
     assert "".join(c for c in shown if c in printable).endswith(printable[-5:])
 
 
-class Notebook(HTMLParser):
-    """Tags and attributes that were opened, and the text."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.tags: set[str] = set()
-        self.attributes: set[str] = set()
-        self.depth = 0
-        self.text = ""
-        self.feed(html)
-
-    def handle_starttag(self, tag, attrs) -> None:
-        self.tags.add(tag)
-        self.attributes |= {name for name, _ in attrs}
-        self.depth += 1
-
-    def handle_endtag(self, tag) -> None:
-        self.depth -= 1
-
-    def handle_data(self, data) -> None:
-        self.text += data
-
-
-def test_a_notebooks_card_is_escaped_and_stands_by_itself(report: Path, facts: Facts):
-    all_text = ""
-    for f in range(40):
-        html = fastsae.show(f, report)._repr_html_()
-        assert html == fastsae.show(f, facts)._repr_html_()
-        found = Notebook(html)
-        assert found.depth == 0
-        assert found.tags <= {"div", "p", "span", "bdi", "svg", "rect", "title", "details", "summary"}
-        assert not any(name.startswith("on") or name in ("src", "href") for name in found.attributes)
-        all_text += found.text
-    for hostile in ("<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "&lt;", "<b>lines</b>"):
-        assert hostile in all_text
-    assert repr(fastsae.show(3, report)).startswith("feature 3: density")
-
-
 def test_explanations_come_from_the_results():
     results = {"explain": {"summary": {}, "features": [[3, "digits", 0.5, None]]}}
     assert explanations_of(results) == {3: Explained("digits", 0.5, None)}
@@ -386,11 +348,6 @@ def test_clusters_of_a_map_of_this_dictionary_alone(facts: Facts):
         facts.cards, facts.bytes_of, split=facts.split, layer=1, map=replace(facts.map, layer=np.zeros(F, int))
     )
     assert alone.clusters == {f: int(c) for f, c in enumerate(facts.map.clusters) if c >= 0} == facts.clusters
-
-
-def test_show_names_what_is_missing(tmp_path: Path):
-    with pytest.raises(FastSAEError, match="make one with fastsae analyze"):
-        fastsae.show(3, tmp_path)
 
 
 def test_half_a_surrogate_pair_does_not_stop_a_site(tmp_path: Path):

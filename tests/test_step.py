@@ -325,25 +325,6 @@ def test_k_and_penalty_change_between_steps():
     torch.testing.assert_close(full.loss, full.mse + full.sparsity)
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"optimizer": "sgd"}, "sae.loss"),
-        ({"state": "4bit"}, "'8bit'"),
-        ({"master": "bf16-sr"}, "dtype='bfloat16'"),
-        ({"lr": -1.0}, "lr must be"),
-        ({"betas": (1.0, 0.9)}, "betas"),
-        ({"weight_decay": 0.1}, "adamw"),
-        ({"optimizer": "adamw", "weight_decay": 0.1, "lazy": True}, "lazy"),
-        ({"clip": float("nan")}, "clip"),
-        ({"clip_by": "row"}, "'previous'"),
-    ],
-)
-def test_options_that_cannot_be_meant(options, said):
-    with pytest.raises(FastSAEError, match=said):
-        TrainStep(make(RULES[0]), **options)
-
-
 def test_what_cannot_be_stepped_on():
     sae = make(RULES[0])
     step = TrainStep(sae)
