@@ -13,7 +13,7 @@ from fastsae.errors import FastSAEError
 RUN_FILE = "run.json"
 
 
-def _replace(path: Path, write: Any) -> None:
+def replace_file(path: Path, write: Any) -> None:
     """write(temporary path) beside `path`, then rename: a reader sees the old file or the new one, never a half."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
@@ -29,7 +29,7 @@ def _replace(path: Path, write: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Writes text as UTF-8, atomically."""
-    _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -46,7 +46,7 @@ def write_torch(path: Path, value: Any) -> None:
         except RuntimeError as error:  # torch's zip writer reports a full disk as RuntimeError
             raise OSError(str(error).splitlines()[0]) from error
 
-    _replace(path, save)
+    replace_file(path, save)
 
 
 def read_torch(path: Path, device: Any = "cpu") -> Any:

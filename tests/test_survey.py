@@ -170,7 +170,7 @@ def test_samples_are_uniform_and_do_not_depend_on_the_batches() -> None:
             columns = (zeros, half, value, key, where, value[:, None], where[:, None].astype(np.int32))
             table.add(*(column[rows] for column in columns))
             table.trim()
-        return table.where.tolist()
+        return table.where.rows.tolist()
 
     assert sample(3, 7) == sample(3, 50) == sample(3, 1)
     seen = np.bincount([n for seed in range(400) for n in sample(seed, 50)], minlength=50)

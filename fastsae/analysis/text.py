@@ -6,6 +6,7 @@ Axes: N tokens of all documents, V vocabulary, P proxies.
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -19,11 +20,13 @@ _AT_ONCE = 64  # documents
 
 
 class Text:
-    """ids: [N] int32. first: [documents + 1], where each document begins. half: [documents] bool, True where features
-    are scored, False where they are chosen. bytes_of: the vocabulary's. counts: of the whole text, for proxies.
+    """ids: [N] integers, in a temporary file that is read as an array. first: [documents + 1], where each document
+    begins. half: [documents] bool, True where features are scored, False where they are chosen. bytes_of: the
+    vocabulary's. counts: of the whole text, for proxies.
 
-    Memory: 4 N bytes and the documents themselves; scores are made for some documents at a time, or kept for all of
-    them, 4 N P bytes, where tokens are asked for in no order (keep_scores).
+    Memory: the documents themselves, and what the system keeps of the file (2 or 4 bytes a token); scores are made for
+    some documents at a time, or kept for all of them, 4 N P bytes, where tokens are asked for in no order
+    (keep_scores).
     Raises FastSAEError where there is no text.
     """
 
@@ -32,15 +35,17 @@ class Text:
     ) -> None:
         self.bytes_of = TokenBytes.of(tokenizer)
         self.proxies = tuple(chosen)
-        pieces, lengths = [], []
+        dtype, lengths, file = np.uint16 if len(self.bytes_of) <= 2**16 else np.int32, [], tempfile.TemporaryFile()
         for start in range(0, len(documents), _AT_ONCE):
             texts = [text_of(document) for document in documents[start : start + _AT_ONCE]]
             found = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-            pieces += [np.asarray(ids, dtype=np.int32) for ids in found]
-            lengths += [len(ids) for ids in found]
+            for ids in found:
+                file.write(np.asarray(ids, dtype=dtype).tobytes())
+                lengths.append(len(ids))
         if not sum(lengths):
             raise FastSAEError("expected text to analyze, found none: every document is empty")
-        self.ids = np.concatenate(pieces)
+        file.flush()
+        self.ids = np.memmap(file, dtype, "r")
         self.first = np.concatenate([[0], np.cumsum(lengths)])
         self.half = np.array(scoring_half(documents), dtype=bool)
         self.counts = TokenCounts(self.proxies, len(self.bytes_of))

@@ -5,12 +5,16 @@ Axes: n tokens of a batch, m entries of a sparse code, M windows, W = 2 · aroun
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 
-from fastsae.analysis.kept import uniform
+from fastsae.analysis.kept import Column, uniform
 from fastsae.analysis.stream import Read
+
+# What is kept of a window drawn at random, and of each of its active entries.
+_OF_WINDOW, _OF_ENTRY = ("where", "key", "half", "ids", "entries"), ("at", "feature", "value")
 
 
 class Entries(NamedTuple):
@@ -95,112 +99,104 @@ class RandomWindows:
 
     def __init__(self, limit: int, around: int, seed: int) -> None:
         self.limit, self.around, self.seed = limit, around, seed
-        # where → (key, half, ids [W], place in the window, feature, value of every active entry)
-        self.kept: dict[int, tuple[float, bool, np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = {}
-        self._worst = [np.inf, np.inf]
+        self.where, self.key, self.half = Column(np.int64), Column(np.float64), Column(bool)
+        self.ids, self.entries = Column(np.int32, 2 * around + 1), Column(np.int64)
+        # Of the active entries, window by window: place in the window, feature, activation.
+        self.at, self.feature, self.value = Column(np.int16), Column(np.int32), Column(np.float32)
+        self._worst = np.array([np.inf, np.inf])
         self._by_feature: tuple[np.ndarray, ...] | None = None
+
+    def _columns(self) -> dict[str, Column]:
+        return {name: getattr(self, name) for name in (*_OF_WINDOW, *_OF_ENTRY)}
 
     def add(self, surroundings: Surroundings, entries: Entries, where: np.ndarray, half: np.ndarray) -> None:
         """where, half: [n]. entries: in the order of rows."""
         key = uniform(self.seed, where)
-        row = np.flatnonzero(key < np.where(half, self._worst[1], self._worst[0]))
+        row = np.flatnonzero(key < self._worst[half.astype(np.int64)])
         if not len(row):
             return
-        if len(row) > 4 * self.limit:  # a first batch larger than what can stay
-            row = np.sort(row[np.argsort(key[row], kind="stable")[: 4 * self.limit]])
+        if len(row) > 2 * self.limit:  # a first batch: more than can stay
+            order = row[np.lexsort((key[row], half[row]))]
+            row = np.sort(order[np.arange(len(order)) - np.searchsorted(half[order], half[order]) < self.limit])
         near = surroundings.rows(row)
         ids = surroundings.ids(near)
         begin, end = surroundings.span(near)
         counts = np.where(near >= 0, end - begin, 0)  # [M, W] entries of every token
         flat = counts.reshape(-1)
-        which = np.arange(flat.sum()) + np.repeat(begin.reshape(-1) - (np.cumsum(flat) - flat), flat)
+        which = np.arange(flat.sum()) + np.repeat(begin.reshape(-1) - _starts(flat), flat)
         at = np.repeat(np.tile(np.arange(near.shape[1], dtype=np.int16), len(row)), flat)
-        feature, value = entries.feature[which].astype(np.int32), entries.value[which].astype(np.float32)
-        ends = np.cumsum(counts.sum(1))
-        for i, token in enumerate(where[row].tolist()):
-            span = slice(int(ends[i - 1]) if i else 0, int(ends[i]))
-            self.kept[token] = (
-                float(key[row[i]]), bool(half[row[i]]), ids[i],
-                at[span].copy(), feature[span].copy(), value[span].copy(),
-            )  # fmt: skip
+        new = (where[row], key[row], half[row], ids, counts.sum(1), at, entries.feature[which], entries.value[which])
+        self._append(new)
+
+    def _append(self, new: Iterable[np.ndarray]) -> None:
+        for column, rows in zip(self._columns().values(), new, strict=True):
+            column.append(rows)
         self._by_feature = None
-        if len(self.kept) > 3 * self.limit:
+        if len(self.where) > 3 * self.limit:
             self._trim()
 
     def _trim(self) -> None:
-        """Only the windows that stay."""
-        for half in (False, True):
-            mine = sorted((kept[0], token) for token, kept in self.kept.items() if kept[1] == half)
-            for _, token in mine[self.limit :]:
-                del self.kept[token]
-                self._by_feature = None
-            if len(mine) >= self.limit:
-                self._worst[half] = mine[self.limit - 1][0]
+        """Only the windows that stay, in the order of the text."""
+        where, key, half = self.where.rows, self.key.rows, self.half.rows
+        order = np.lexsort((where, key, half))
+        rank = np.arange(len(order)) - np.searchsorted(half[order], half[order])
+        for side in (0, 1):
+            last = order[(half[order] == bool(side)) & (rank == self.limit - 1)]
+            self._worst[side] = key[last[0]] if len(last) else np.inf
+        _, stay = np.unique(where, return_index=True)  # in the order of the text
+        stay = stay[np.isin(stay, order[rank < self.limit])]
+        if len(stay) == len(where) and (stay[1:] > stay[:-1]).all():
+            return
+        counts = self.entries.rows
+        begin = _starts(counts)
+        which = np.arange(counts[stay].sum()) + np.repeat(begin[stay] - _starts(counts[stay]), counts[stay])
+        for name in _OF_ENTRY:
+            getattr(self, name).keep(which)
+        for name in _OF_WINDOW:
+            getattr(self, name).keep(stay)
+        self._by_feature = None
 
     def merge(self, other: RandomWindows) -> None:
         """Takes over another's windows."""
         other._trim()
-        self.kept |= other.kept
-        self._by_feature = None
+        self._append(column.rows for column in other._columns().values())
         self._trim()
 
     def numbers(self, half: bool | None = None) -> np.ndarray:
         """`where` of all windows [M], in the order of their keys: a random one."""
         self._trim()
-        tokens = [token for token, kept in self.kept.items() if half is None or kept[1] == half]
-        return np.array(sorted(tokens, key=lambda token: self.kept[token][0]), dtype=np.int64)
+        mine = np.arange(len(self.where)) if half is None else np.flatnonzero(self.half.rows == half)
+        return self.where[mine[np.argsort(self.key[mine], kind="stable")]]
 
     def of(self, feature: int, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Activations [M, W], NaN where no token is, and ids [M, W] of the windows at `tokens` [M]."""
+        self._trim()
         if self._by_feature is None:
-            self._by_feature = self._indexed()
-        order, features, owner, at, value = self._by_feature
+            order = np.argsort(self.feature.rows, kind="stable")
+            owner = np.repeat(np.arange(len(self.where)), self.entries.rows)
+            self._by_feature = (self.feature[order], owner[order], self.at[order].astype(np.int64), self.value[order])
+        features, owner, at, value = self._by_feature
         low, high = np.searchsorted(features, [feature, feature + 1])
-        ids = np.stack([self.kept[int(token)][2] for token in tokens]) if len(tokens) else np.zeros((0, 0), np.int32)
+        window = np.searchsorted(self.where.rows, tokens)
+        ids = self.ids[window]
         active = np.where(ids >= 0, np.float32(0), np.float32(np.nan))
-        place = np.searchsorted(tokens, owner[low:high], sorter=(by := np.argsort(tokens)))
-        place = np.minimum(place, max(len(tokens) - 1, 0))
-        mine = tokens[by[place]] == owner[low:high] if len(tokens) else np.zeros(high - low, bool)
-        active[by[place[mine]], at[low:high][mine]] = value[low:high][mine]
+        row = np.full(len(self.where), -1)
+        row[window] = np.arange(len(tokens))
+        mine = row[owner[low:high]]
+        active[mine[mine >= 0], at[low:high][mine >= 0]] = value[low:high][mine >= 0]
         return active, ids
-
-    def _indexed(self) -> tuple[np.ndarray, ...]:
-        """Entries of all windows by feature."""
-        tokens = sorted(self.kept)
-        parts = [self.kept[token] for token in tokens]
-        owner = np.repeat(np.array(tokens, dtype=np.int64), [len(part[4]) for part in parts])
-        at, features, value = (
-            np.concatenate([part[i] for part in parts]) if parts else np.zeros(0) for i in (3, 4, 5)
-        )
-        order = np.argsort(features, kind="stable")
-        return order, features[order], owner[order], at[order].astype(np.int64), value[order]
 
     def arrays(self) -> dict[str, np.ndarray]:
         """All windows, to be saved."""
         self._trim()
-        tokens = sorted(self.kept)
-        parts = [self.kept[token] for token in tokens]
-        width = 2 * self.around + 1
-
-        def joined(i: int, dtype: type) -> np.ndarray:
-            return np.concatenate([part[i] for part in parts]).astype(dtype) if parts else np.zeros(0, dtype)
-
-        return {
-            "where": np.array(tokens, dtype=np.int64),
-            "key": np.array([part[0] for part in parts], dtype=np.float64),
-            "half": np.array([part[1] for part in parts], dtype=bool),
-            "ids": np.stack([part[2] for part in parts]) if parts else np.zeros((0, width), np.int32),
-            "entries": np.array([len(part[4]) for part in parts], dtype=np.int64),
-            "at": joined(3, np.int16), "feature": joined(4, np.int32), "value": joined(5, np.float32),
-        }  # fmt: skip
+        return {name: column.rows for name, column in self._columns().items()}
 
     def load(self, arrays: dict[str, np.ndarray]) -> None:
         """What `arrays` gave."""
-        ends = np.cumsum(arrays["entries"])
-        for i, token in enumerate(arrays["where"].tolist()):
-            span = slice(int(ends[i] - arrays["entries"][i]), int(ends[i]))
-            self.kept[token] = (
-                float(arrays["key"][i]), bool(arrays["half"][i]), arrays["ids"][i],
-                arrays["at"][span], arrays["feature"][span], arrays["value"][span],
-            )  # fmt: skip
+        self._append(arrays[name] for name in self._columns())
         self._trim()
+
+
+def _starts(counts: np.ndarray) -> np.ndarray:
+    """Where parts of so many entries begin, one after another."""
+    return np.cumsum(counts) - counts

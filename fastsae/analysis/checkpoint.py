@@ -1,0 +1,110 @@
+"""Where a long reading stands, kept on disk: one file, whole or not at all, that knows what it belongs to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+import zipfile
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from fastsae.errors import FastSAEError
+from fastsae.files import replace_file
+from fastsae.sae import SAE
+
+SECONDS = 60.0  # between two checkpoints
+
+Arrays = dict[str, np.ndarray]
+
+
+class Part(Protocol):
+    """What a pass adds up: its whole state as arrays by name, and back."""
+
+    def arrays(self) -> Arrays: ...
+
+    def load(self, arrays: Arrays) -> None: ...
+
+
+class Checkpoint:
+    """The parts of one pass in one file, with how many batches of text they have seen.
+
+    about: what the pass is of, such as digests of dictionaries and documents; ready for JSON. A file of something else
+    is refused.
+    """
+
+    def __init__(self, path: str | Path, about: dict[str, Any]) -> None:
+        self.path, self._about = Path(path), json.loads(json.dumps(about, default=str))
+        self._saved = time.monotonic()
+
+    def resume(self, parts: dict[str, Part], resume: bool) -> int:
+        """Loads what the file holds into the parts; batches that they have seen, 0 where there is no file.
+
+        Raises FastSAEError for a file that is there without resume, that is damaged, or of another pass.
+        """
+        if not self.path.exists():
+            return 0
+        if not resume:
+            raise FastSAEError(
+                f"{self.path} is an unfinished pass: resume it, choose another folder, or remove the file"
+            )
+        try:
+            with np.load(self.path, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+            about = json.loads(arrays.pop("about").tobytes())
+        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile):
+            raise FastSAEError(f"{self.path} is damaged: remove it to start the pass again") from None
+        batches = about.pop("batches", 0)
+        if about != self._about:
+            key = next(k for k in {**self._about, **about} if about.get(k) != self._about.get(k))
+            raise FastSAEError(
+                f"{self.path} is of another pass: its {key} is {about.get(key)}, and {self._about.get(key)} here; "
+                "choose another folder, or remove the file"
+            )
+        for name, part in parts.items():
+            head = name + "/"
+            part.load({key.removeprefix(head): array for key, array in arrays.items() if key.startswith(head)})
+        return batches
+
+    def save(self, parts: dict[str, Part], batches: int) -> None:
+        """All parts now, in the place of what the file held."""
+        arrays = {f"{name}/{key}": array for name, part in parts.items() for key, array in part.arrays().items()}
+        save_arrays(self.path, arrays, self._about | {"batches": batches})
+        self._saved = time.monotonic()
+
+    def save_if_due(self, parts: dict[str, Part], batches: int) -> None:
+        """Once a minute."""
+        if time.monotonic() - self._saved > SECONDS:
+            self.save(parts, batches)
+
+    def remove(self) -> None:
+        """The pass is finished and its results are written."""
+        self.path.unlink(missing_ok=True)
+
+
+def save_arrays(path: Path, arrays: Arrays, about: dict[str, Any]) -> None:
+    """An .npz file with a JSON header `about`, atomically."""
+    header = np.frombuffer(json.dumps(about).encode(), dtype=np.uint8)
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:
+            np.savez(file, **arrays, about=header)  # type: ignore[arg-type]
+
+    replace_file(path, write)
+
+
+def dictionary_digest(sae: Any) -> str:
+    """A fingerprint of a dictionary's configuration and parameters, to know it again; of a stand-in, its name."""
+    if not isinstance(sae, SAE):
+        return type(sae).__name__
+    digest = hashlib.blake2b(repr(sae.cfg).encode(), digest_size=8)
+    for name, tensor in sorted(sae.state_dict().items()):
+        if name == "tokens_since_fired":  # counts on while it trains
+            continue
+        digest.update(name.encode())
+        for rows in tensor.detach().reshape(-1).split(1 << 24):
+            digest.update(rows.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
