@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,7 +41,7 @@ class Checkpoint:
         self.path, self._about = Path(path), json.loads(json.dumps(about, default=str))
         self._saved = time.monotonic()
 
-    def resume(self, parts: dict[str, Part], resume: bool) -> int:
+    def resume(self, parts: Mapping[str, Part], resume: bool) -> int:
         """Loads what the file holds into the parts; batches that they have seen, 0 where there is no file.
 
         Raises FastSAEError for a file that is there without resume, that is damaged, or of another pass.
@@ -69,13 +70,13 @@ class Checkpoint:
             part.load({key.removeprefix(head): array for key, array in arrays.items() if key.startswith(head)})
         return batches
 
-    def save(self, parts: dict[str, Part], batches: int) -> None:
+    def save(self, parts: Mapping[str, Part], batches: int) -> None:
         """All parts now, in the place of what the file held."""
         arrays = {f"{name}/{key}": array for name, part in parts.items() for key, array in part.arrays().items()}
         save_arrays(self.path, arrays, self._about | {"batches": batches})
         self._saved = time.monotonic()
 
-    def save_if_due(self, parts: dict[str, Part], batches: int) -> None:
+    def save_if_due(self, parts: Mapping[str, Part], batches: int) -> None:
         """Once a minute."""
         if time.monotonic() - self._saved > SECONDS:
             self.save(parts, batches)
