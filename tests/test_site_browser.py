@@ -29,7 +29,7 @@ PAGES = ("#/", "#/features", "#/feature/7", "#/feature/49", "#/compare", "#/live
 def facts() -> Facts:
     made = site_case.facts(F)
     top = made.cards.survey.top
-    top.ids.rows[top.of(7)[0]] = 2 + len(site_case.HOSTILE) + site_case.WORDS.index("قطة")  # a window that is all Arabic
+    top.ids.rows[top.of(7)[0]] = 2 + len(site_case.HOSTILE) + site_case.WORDS.index("قطة")  # all Arabic
     return made
 
 
