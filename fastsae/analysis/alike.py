@@ -47,6 +47,8 @@ class Alike:
         value = torch.full((len(self._left),), -torch.inf, dtype=torch.float64)
         partner = torch.full((len(self._left),), -1)
         for some in among.cpu().nonzero().flatten().split(_AT_ONCE):
+            if not len(some):  # the one part of nothing
+                continue
             found, place = (self._left @ self._right(some).T).nan_to_num_(nan=-torch.inf).max(1)
             found, place = found.cpu(), some[place.cpu()]
             partner, value = torch.where(found > value, place, partner), torch.maximum(found, value)
