@@ -24,6 +24,7 @@ from tests import analysis_case as case
 HOOK, TEXTS = case.HOOK, case.documents()
 HOW: dict[str, Any] = {"context": 33, "batch_size": 4, "show_progress": False}
 MATCH: dict[str, Any] = HOW | {"min_fires": 5, "logit_contexts": 3}
+OTHER: dict[str, Any] = MATCH | {"min_fires": 6}
 
 
 def pair() -> tuple[Source, Source, Any]:
@@ -71,7 +72,7 @@ def test_a_match_goes_on_bit_for_bit(tmp_path, monkeypatch):
     with pytest.raises(FastSAEError, match="of another pass: its dictionaries"):
         match(a, Source(a.sae, b.model, HOOK), tokenizer, TEXTS, out=tmp_path, resume=True, **MATCH)
     with pytest.raises(FastSAEError, match="of another pass: its config"):
-        match(a, b, tokenizer, TEXTS, out=tmp_path, resume=True, **MATCH | {"min_fires": 6})
+        match(a, b, tokenizer, TEXTS, out=tmp_path, resume=True, **OTHER)
     calls = passes(a.model)
     again = match(a, b, tokenizer, TEXTS, out=tmp_path, resume=True, **MATCH)
     assert again.to_dict() == whole.to_dict()
@@ -137,7 +138,7 @@ def test_ranks_merge_to_the_match_of_one_process(tmp_path):
             np.testing.assert_allclose(np.array(found[name], float), np.array(wanted, float), atol=1e-9, err_msg=name)
         elif name != "medians":
             assert found[name] == wanted, name
-    other = read_match(a, b, tokenizer, TEXTS, **MATCH | {"min_fires": 6})
+    other = read_match(a, b, tokenizer, TEXTS, **OTHER)
     with pytest.raises(FastSAEError, match="same dictionaries with the same configuration"):
         other.merge(parts[0])
 

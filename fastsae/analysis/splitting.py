@@ -229,8 +229,8 @@ def read_split(
 
 
 class Splitting:
-    """The sums of one graph: `add` the codes of the same tokens by every dictionary, then `result`; `merge` takes in those
-    of other tokens."""
+    """The sums of one graph: `add` the codes of the same tokens by every dictionary, then `result`. `merge` takes in
+    the sums of other tokens."""
 
     def __init__(self, widths: Sequence[int], config: SplitConfig, device: torch.device | str = "cpu") -> None:
         if list(widths) != sorted(widths):
