@@ -175,6 +175,8 @@ def analyze(
     text_field: str = "text",
     other_sae: Path | None = None,
     other_model: str | None = None,
+    control_sae: Path | None = None,
+    control_model: str | None = None,
 ) -> dict:
     """Find the features of scripts, base64 and DNA on held-out text and write a report on them.
 
@@ -187,6 +189,8 @@ def analyze(
         text_field: Field of a JSONL line or dataset row that holds the text.
         other_sae: Dictionary of another run, to look for the same features in.
         other_model: The causal LM of that other run; same tokenizer.
+        control_sae: Dictionary trained on a shuffled model, as a control beside the others.
+        control_model: That shuffled model; same tokenizer.
     """
     from fastsae import corpus
     from fastsae.analysis import analyze as run
@@ -194,13 +198,20 @@ def analyze(
     if (other_sae is None) != (other_model is None):
         raise FastSAEError("other_sae and other_model go together, got one of them")
     given = {"sae": sae, "model": model, "hook": hook, "text": text, "other_sae": other_sae, "other_model": other_model}
+    if (control_sae is None) != (control_model is None):
+        raise FastSAEError("control_sae and control_model go together, got one of them")
+    if control_sae is not None:
+        given |= {"control_sae": control_sae, "control_model": control_model}
     claim_folder(out, "analysis", {**given, "analyze": asdict(config)}, resume=True)
     network, tokenizer = load_model(model)
     other = None
     if other_sae is not None and other_model is not None:
         other = (load_sae(other_sae), load_model(other_model)[0])
+    control = None
+    if control_sae is not None and control_model is not None:
+        control = (load_sae(control_sae), load_model(control_model)[0])
     documents = corpus.load(text, "heldout", text_field)
-    found = run(load_sae(sae), network, tokenizer, documents, hook, out, config, other=other)
+    found = run(load_sae(sae), network, tokenizer, documents, hook, out, config, other=other, control=control)
     return {**found, "report": str(out / "report.html")}
 
 
@@ -341,7 +352,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _again(argv: Sequence[str]) -> str:
     """How to go on with a verb that was stopped."""
-    if argv[:1] in (["eval"], ["analyze"], ["steer"], ["match"], ["split"], ["serve"], ["estimate"]):
+    if argv[:1] in (["eval"], ["analyze"], ["steer"], ["serve"], ["estimate"]):
         return "the same command starts over"
     resume = "" if argv[:1] == ["demo"] else " with --resume"
     return f"the same command{resume} goes on from here"

@@ -289,7 +289,7 @@
     async function show({ tokens: read, medians }) {
       const found = await ask("compare?sort=pearson&limit=100");
       return h("section", null, h("h2", null, `Median r ${fixed(medians.pearson)} on ${count(read)} tokens`),
-        h("p", { class: "soft" }, `Held out ${fixed(medians.held_out)}, one to one ${fixed(medians.assigned_pearson)}, neurons ${fixed(medians.neurons)}. The ${count(found.rows.length)} most alike of ${count(found.total)}:`),
+        h("p", { class: "soft" }, `Held out ${fixed(medians.held_out)}, one to one ${fixed(medians.assigned_held_out)} held out, neurons ${fixed(medians.neurons)}. The ${count(found.rows.length)} most alike of ${count(found.total)}:`),
         fastsae.table(["feature", "its match", "r", "held out", "logits", "tokens"], found.rows.map((row) => [
           link(row.feature), row.best === null ? "–" : String(row.best), fixed(row.pearson), fixed(row.held_out), fixed(row.logit_pearson), count(row.fires)]), { label: "Matches" }));
     }
