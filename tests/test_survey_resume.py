@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fastsae
-from fastsae.analysis import Cards, Read, Source, Survey, survey_of_store, take_survey
+from fastsae.analysis import Cards, Read, Source, Survey, read_store, survey_of_store, take_survey
 from fastsae.analysis.checkpoint import Checkpoint
 from fastsae.errors import FastSAEError
 from tests import analysis_case
@@ -310,3 +310,25 @@ def test_a_checkpoint_that_takes_long_is_written_less_often(tmp_path, monkeypatc
         if place._saved not in saved:
             saved.append(place._saved)
     assert saved[1] == 80 and saved[2] - saved[1] >= 200
+
+
+def test_a_store_of_some_tokens_shows_the_words_around(case, tmp_path) -> None:
+    """Joined documents, 9 tokens of each context: windows end where documents do, and what was not stored is 0."""
+    source, tokenizer, texts = case
+    store = harvested(case, tmp_path / "store", texts, packing="concat", tokens_per_context=9)
+    survey = survey_of_store(source.sae, store, tokenizer, texts, **OPTIONS)
+    stored = {}
+    for some in read_store([source.sae], store):
+        for row in zip(some.documents.tolist(), some.positions.tolist(), some.codes[0].to_dense().numpy(), strict=True):
+            stored[row[:2]] = row[2]
+    k = int(survey.sums["fires"].sum(0).argmax())
+    cards, unknown = Cards(survey), 0
+    for example in [*cards.top(k), *cards.random(k, 9), *sum(cards.intervals(k), [])]:
+        ids = tokenizer(texts[example.document], add_special_tokens=False)["input_ids"]
+        low = max(0, example.position - 3)
+        assert example.token_ids.tolist() == ids[low : example.position + 4]
+        known = [(example.document, low + i) in stored for i in range(len(example.token_ids))]
+        wanted = [stored[example.document, low + i][k] if known[i] else 0.0 for i in range(len(known))]
+        np.testing.assert_allclose(example.activations, wanted, rtol=1e-4, atol=1e-5)
+        unknown += known.count(False)
+    assert unknown

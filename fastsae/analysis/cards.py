@@ -23,6 +23,7 @@ from fastsae.errors import FastSAEError
 Half = int | None
 
 _LEAST_SAMPLED, _LEAST_BOTH = 5, 2  # tokens of a sample on which a feature must fire, and with a partner
+_OFTEN = 0.01  # share of the tokens below which some window of thousands is silent
 
 
 class Partner(NamedTuple):
@@ -106,8 +107,11 @@ class Cards:
             )
         elif not survey.sums["together"].size:
             found.append("What fires together was not counted.")
-        if feature is not None and self.density()[feature] > 0 and not self.random(feature, 1, silent=True):
-            share = float(self.density()[feature])
+        if feature is None:
+            return found
+        self._check(feature)
+        share = int(survey.sums["fires"][:, feature].sum()) / max(self.tokens(), 1)
+        if share > _OFTEN and not self.random(feature, 1, silent=True):
             found.append(
                 f"The feature fires on {share:.2g} of the tokens, and somewhere in every window drawn at random: there "
                 "are no silent ones."
@@ -244,22 +248,21 @@ class Cards:
         together, sample = self.survey.sums["together"], self.survey.pairs
         fires = self._sum("fires", None)
         if together.size:
-            both = together[feature].copy()
+            partners = np.flatnonzero(together[feature])
+            both = together[feature, partners]
         elif self.survey.pairs_sampled and len(sample.where):
-            on, partners = sample.beside(feature)
-            seen = np.bincount(partners, minlength=self.survey.d_sae)
-            seen[seen < _LEAST_BOTH] = 0
-            both = np.round(seen * (fires[feature] / max(on, 1))) * (on >= _LEAST_SAMPLED)
-            both = np.minimum(both, fires)
+            on, entries = sample.beside(feature)
+            partners, seen = np.unique(entries, return_counts=True)
+            partners, seen = (part[(seen >= _LEAST_BOTH) & (on >= _LEAST_SAMPLED)] for part in (partners, seen))
+            both = np.minimum(np.round(seen * (fires[feature] / max(on, 1))), fires[partners])
         else:
             return None
-        both[feature] = 0
-        jaccard = both / np.maximum(fires + fires[feature] - both, 1)
+        others = partners != feature
+        partners, both = partners[others], both[others]
+        jaccard = both / np.maximum(fires[partners] + fires[feature] - both, 1)
+        lift = both * max(self.tokens(), 1) / (fires[partners] * fires[feature])
         order = np.argsort(-jaccard, kind="stable")[:n]
-        expected = fires * fires[feature] / max(self.tokens(), 1)
-        return [
-            Partner(int(g), int(both[g]), float(jaccard[g]), float(both[g] / expected[g])) for g in order if both[g]
-        ]
+        return [Partner(int(partners[i]), int(both[i]), float(jaccard[i]), float(lift[i])) for i in order]
 
     # --- within -----------------------------------------------------------------------------------------------------
 

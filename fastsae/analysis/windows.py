@@ -117,7 +117,7 @@ class RandomWindows:
         self.ids, self.entries = Column(np.int32, 2 * around + 1), Column(np.int64)
         # Of the active entries, window by window: place in the window, feature, activation.
         self.at, self.feature, self.value = Column(np.int16), Column(np.int32), Column(np.float32)
-        self._worst = np.array([np.inf, np.inf])
+        self._worst, self._trimmed = np.array([np.inf, np.inf]), True
         self._by_feature: tuple[np.ndarray, ...] | None = None
 
     def _columns(self) -> dict[str, Column]:
@@ -145,12 +145,15 @@ class RandomWindows:
     def _append(self, new: Iterable[np.ndarray]) -> None:
         for column, rows in zip(self._columns().values(), new, strict=True):
             column.append(rows)
-        self._by_feature = None
+        self._by_feature, self._trimmed = None, False
         if len(self.where) > 3 * self.limit:
             self._trim()
 
     def _trim(self) -> None:
         """Only the windows that stay, in the order of the text."""
+        if self._trimmed:
+            return
+        self._trimmed = True
         where, key, half = self.where.rows, self.key.rows, self.half.rows
         order = np.lexsort((where, key, half))
         rank = np.arange(len(order)) - np.searchsorted(half[order], half[order])
