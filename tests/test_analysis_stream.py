@@ -105,3 +105,37 @@ def test_evaluating_gives_every_part_its_own_mode_back():
         assert not any(part.training for part in model.modules())
         raise KeyError
     assert [part.training for part in model.modules()] == before and len(set(before)) == 2
+
+
+def test_a_store_is_read_to_the_row_and_to_the_rank(batchtopk: tuple[SAE, Any, Any]):
+    sae, model, tokenizer = batchtopk
+    x = case.neurons(model, case.contexts(tokenizer, case.documents(6), 33))
+    whole = torch.cat([some.xs[0] for some in read_store([sae], MemoryStore(x), max_tokens=100)])
+    assert len(whole) == 100
+    ranks = [read_store([sae], MemoryStore(x), batch_size=16, max_tokens=100, rank=r, world=3) for r in range(3)]
+    parts = [torch.cat([some.xs[0] for some in part]) for part in ranks]
+    assert sorted(torch.cat(parts).tolist()) == sorted(whole.tolist())
+    numbers = [some.number for some in read_store([sae], MemoryStore(x), batch_size=16, max_tokens=100, start=2)]
+    assert numbers == [2, 3, 4, 5, 6]
+    assert not list(read_store([sae], MemoryStore(x), batch_size=16, max_tokens=100, start=7))
+
+
+def test_a_store_of_nan_is_told(batchtopk: tuple[SAE, Any, Any]):
+    store = MemoryStore(torch.ones(4, 24))
+    store.x[1, 2] = torch.nan
+    with pytest.raises(FastSAEError, match="the store must be finite"):
+        list(read_store([batchtopk[0]], store))
+
+
+def test_text_is_read_to_the_token(batchtopk: tuple[SAE, Any, Any]):
+    sae, model, tokenizer = batchtopk
+    source = Source(sae, model, case.HOOK)
+
+    def tokens(**options: Any) -> list[tuple[int, int]]:
+        reads = read([source], tokenizer, case.documents(6), context=33, **options)
+        return [pair for some in reads for pair in zip(some.documents.tolist(), some.positions.tolist(), strict=True)]
+
+    everything = tokens(batch_size=2)
+    assert tokens(batch_size=2, max_tokens=77) == everything[:77]
+    parts = [tokens(batch_size=2, max_tokens=77, rank=r, world=2) for r in range(2)]
+    assert sorted(sum(parts, [])) == everything[:77] and all(parts)

@@ -188,11 +188,11 @@ def test_cards_too_large_for_one_file_are_spread_over_several(facts: Facts, tmp_
 def test_a_card_says_what_the_survey_holds(facts: Facts):
     f, survey = 7, facts.cards.survey
     card = data.feature_card(facts, f)
-    mine = survey.top.feature == f
+    mine = survey.top.feature.rows == f
     strongest = np.sort(survey.top.value[mine])[::-1]
     shown = [w["activations"][w["at"]] for w in card["top"]]
     np.testing.assert_allclose(shown, strongest, rtol=5e-3)
-    weakest = np.sort(survey.bottom.value[survey.bottom.feature == f])
+    weakest = np.sort(survey.bottom.value[survey.bottom.feature.rows == f])
     np.testing.assert_allclose([w["activations"][w["at"]] for w in card["bottom"]], weakest, rtol=5e-3)
     assert len(card["top"]) == 20 and len(card["intervals"]) == 11 and len(card["bottom"]) == 20
     for part in card["intervals"]:
@@ -266,7 +266,7 @@ def test_effects_of_windows_are_those_of_the_model_without_the_feature(modelled)
     for example, change in zip(cards.top(feature, 5), found, strict=True):
         begin = example.position // 31 * 31
         first, last = text.first[example.document : example.document + 2]
-        ids = [tokenizer.bos_token_id, *text.ids[first + begin : min(first + begin + 31, last)]]
+        ids = [tokenizer.bos_token_id, *text.ids[first + begin : min(first + begin + 31, last)].tolist()]
         batch = torch.tensor([ids])
         mlp = model.transformer.h[0].mlp
 

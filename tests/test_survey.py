@@ -1,5 +1,8 @@
 """The one pass over all features, against dense activations computed by the model's own parts and plain numpy."""
 
+import copy
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -14,34 +17,10 @@ from fastsae.analysis.passes import survey_of_store, take_survey
 from fastsae.analysis.specificity import specificity
 from fastsae.analysis.stream import Source
 from fastsae.analysis.survey import Survey
-from fastsae.analysis.text import scoring_half
+from fastsae.analysis.text import Text, scoring_half
 from fastsae.errors import FastSAEError
 from tests import analysis_case, tiny_lm
-
-OPTIONS: dict[str, Any] = {
-    "categories": ("Arabic", "tokens:a"), "context": 32, "batch_size": 4, "around": 3, "top": 3, "bottom": 2,
-    "per_interval": 2, "windows": 40,
-}  # fmt: skip
-
-
-class Dense:
-    """Everything about the text, kept whole: f [n, F], x [n, D], ids, document, position, half, label."""
-
-    def __init__(self, sae, model, tokenizer, texts) -> None:
-        rows = analysis_case.contexts(tokenizer, texts, 32)
-        self.x = analysis_case.neurons(model, rows).numpy()
-        with torch.no_grad():
-            self.f = sae.encode(torch.from_numpy(self.x)).numpy().astype(np.float64)
-        per_text = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-        self.ids = np.concatenate(per_text)
-        self.document = np.repeat(np.arange(len(texts)), [len(ids) for ids in per_text])
-        self.position = np.concatenate([np.arange(len(ids)) for ids in per_text])
-        self.context = np.concatenate([np.arange(len(ids)) // 31 for ids in per_text]) + 1000 * self.document
-        words = [text.encode() for text in texts]
-        arabic = np.concatenate([np.frombuffer(word, np.uint8) >= 0x80 for word in words])
-        assert len(arabic) == len(self.ids)  # a token a byte
-        self.arabic = arabic
-        self.letter = self.ids == tokenizer("a", add_special_tokens=False)["input_ids"][0]
+from tests.survey_case import OPTIONS, Dense, but
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +109,7 @@ def check_example(truth: Dense, example, k: int, around: int = 3) -> int:
 
 def test_the_strongest_and_weakest_examples(survey, truth) -> None:
     cards, half = Cards(survey), halves(survey, truth)
+    near = 0
     for k in np.flatnonzero(truth.f.any(0)).tolist():
         for which in (0, 1):
             on = np.flatnonzero((truth.f[:, k] > 0) & (half == bool(which)))
@@ -140,10 +120,16 @@ def test_the_strongest_and_weakest_examples(survey, truth) -> None:
                 for n in order:
                     if n // 6 not in places:  # two from the same few words would say the same
                         places.add(n // 6)
-                        want.append(truth.f[n, k])
-                np.testing.assert_allclose([e.value for e in found], want[:limit], rtol=1e-4, atol=1e-5)
+                        want.append((n, truth.f[n, k]))
+                apart: list[tuple[int, float]] = []
+                for n, value in want[:limit]:
+                    same = [m for m, _ in apart if truth.document[n] == truth.document[m] and abs(n - m) <= 3]
+                    near += bool(same)
+                    apart += [] if same else [(n, value)]
+                np.testing.assert_allclose([e.value for e in found], [v for _, v in apart], rtol=1e-4, atol=1e-5)
                 for example in found:
                     check_example(truth, example, k)
+    assert near  # two stretches of text meet, and what stands at either side of the border is near the other
 
 
 def test_intervals_hold_what_they_say(survey, truth) -> None:
@@ -205,8 +191,12 @@ def test_cofiring_counts(survey, truth) -> None:
 
 
 def equal(a: Survey, b: Survey) -> None:
-    for name, array in a.sums.arrays.items():
-        np.testing.assert_allclose(array, b.sums[name], rtol=1e-5, err_msg=name)
+    sums = copy.deepcopy(a.sums)
+    assert a.shift is not None and b.shift is not None
+    sums.move(a.shift.astype(float) - b.shift)
+    for name, array in sums.arrays.items():
+        size = np.abs(array).max(initial=0)
+        np.testing.assert_allclose(array, b.sums[name], rtol=1e-5, atol=1e-6 * size, err_msg=name)
     np.testing.assert_array_equal(a.maximum, b.maximum)
     for table in ("top", "bottom", "sampled", "random"):
         left, right = getattr(a, table).arrays(), getattr(b, table).arrays()
@@ -226,10 +216,10 @@ def test_ranks_merge_into_the_same(case, survey) -> None:
 
 
 def test_an_interrupted_pass_goes_on(case, survey, tmp_path, monkeypatch) -> None:
-    from fastsae.analysis import passes
+    from fastsae.analysis import checkpoint
 
     source, tokenizer, texts = case
-    monkeypatch.setattr(passes, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
     add, calls = Survey.add, []
 
     def stops(self, *args):
@@ -244,7 +234,7 @@ def test_an_interrupted_pass_goes_on(case, survey, tmp_path, monkeypatch) -> Non
     with pytest.raises(FastSAEError, match="resume"):
         take_survey(source, tokenizer, texts, show_progress=False, out=tmp_path, **OPTIONS)
     other: dict[str, Any] = OPTIONS | {"top": 4}
-    with pytest.raises(FastSAEError, match="settings: config"):
+    with pytest.raises(FastSAEError, match="top is 3, and 4 here"):
         take_survey(source, tokenizer, texts, show_progress=False, out=tmp_path, resume=True, **other)
     (found,) = take_survey(source, tokenizer, texts, show_progress=False, out=tmp_path, resume=True, **OPTIONS)
     equal(found, survey)
@@ -262,7 +252,15 @@ def test_a_store_gives_the_same_sums(case, truth, tmp_path) -> None:
     np.testing.assert_allclose(cards.density(), (truth.f > 0).mean(0))
     k = int((truth.f > 0).sum(0).argmax())
     assert cards.pearson()[k, 0] == pytest.approx(np.corrcoef(truth.f[:, k], truth.arabic)[0, 1], abs=1e-4)
-    check_example(truth, cards.top(k)[0], k, around=0)
+    for some in (cards.top, cards.bottom):
+        for example in some(k, 9):
+            check_example(truth, example, k)
+    for example in sum(cards.intervals(k, 4), []):
+        check_example(truth, example, k)
+    for f in (k, 39):
+        assert cards.random(f, 9) and all(check_example(truth, e, f) >= 0 for e in cards.random(f, 9))
+    alone = Cards(survey_of_store(source.sae, store, tokenizer, texts, show_progress=False, **but(around=0)))
+    check_example(truth, alone.top(k)[0], k, around=0)
     with pytest.raises(FastSAEError, match="the text and the tokenizer"):
         survey_of_store(source.sae, store, tokenizer, texts[::-1], show_progress=False, **OPTIONS)
 
@@ -285,8 +283,19 @@ def test_what_cannot_be_is_said(survey, tmp_path) -> None:
         cards.top(40)
     with pytest.raises(FastSAEError, match="no proxy 'Thai'"):
         cards.overlap(0, "Thai")
+    for number in (99, -1):
+        with pytest.raises(FastSAEError, match=f"numbers below 2, got {number}"):
+            cards.overlap(0, number)
+    for ask in (cards.density, cards.maximum, cards.tokens, lambda half: cards.top(0, 1, half),
+                lambda half: cards.random(0, 1, half), lambda half: cards.elsewhere(0, 1, half)):  # fmt: skip
+        with pytest.raises(FastSAEError, match="half must be 0 .* got 2"):
+            ask(2)
+    with pytest.raises(FastSAEError, match="from 0 to 39, got 99"):
+        cards.evidence(99, 0)
     (tmp_path / "x.npz").write_bytes(b"no")
-    for name in ("x.npz", "y.npz"):
+    (tmp_path / "z.npz").touch()
+    np.save(tmp_path / "w.npy", np.zeros(3))
+    for name in ("x.npz", "y.npz", "z.npz", "w.npy"):
         with pytest.raises(FastSAEError, match="survey"):
             Survey.load(tmp_path / name)
     other = Survey(41, 24, survey.proxies, survey.config)
@@ -311,9 +320,23 @@ def test_ranges_join_bins_exactly() -> None:
 
 
 def test_text_is_read_in_one_row() -> None:
-    from fastsae.analysis.text import Text
 
     text = Text(tiny_lm.tokenizer(), ["ab", "", "c"])
     assert len(text) == 3 and text.first.tolist() == [0, 2, 2, 3] and text.document_of(2) == 2
     with pytest.raises(FastSAEError, match="every document is empty"):
         Text(tiny_lm.tokenizer(), ["", ""])
+    with pytest.raises(FastSAEError, match="list of documents, got generator: read them into a list"):
+        Text(tiny_lm.tokenizer(), (word for word in ["a"]))  # type: ignore[arg-type]
+    with pytest.raises(FastSAEError, match="got str: put it into a list"):
+        Text(tiny_lm.tokenizer(), "one text")
+    halves = Text(tiny_lm.tokenizer(), ["a", "bc"]), Text(tiny_lm.tokenizer(), ["ab", "c"])
+    assert halves[0].digest != halves[1].digest == Text(tiny_lm.tokenizer(), ["ab", "c"]).digest
+
+
+def test_the_package_is_light_and_has_what_it_names() -> None:
+    code = (
+        "import sys, fastsae.analysis as a; assert all(hasattr(a, name) for name in a.__all__); "
+        "heavy = {'scipy', 'sklearn', 'transformers', 'regex', 'matplotlib', 'plotly', 'umap', 'rich', 'tyro', "
+        "'fastapi', 'openai', 'datasets'}; found = heavy & set(sys.modules); assert not found, found"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -22,10 +22,14 @@ from fastsae.errors import FastSAEError
 
 Half = int | None
 
+_LEAST_SAMPLED, _LEAST_BOTH = 5, 2  # tokens of a sample on which a feature must fire, and with a partner
+_OFTEN = 0.01  # share of the tokens below which some window of thousands is silent
+
 
 class Partner(NamedTuple):
     """A feature that fires together with another. count: tokens on which both do. jaccard: of those on which one does.
-    lift: how many times as many as if they did not know of each other."""
+    lift: how many times as many as if they did not know of each other. All three are estimates where pairs were counted
+    on a sample (Survey.pairs_sampled)."""
 
     feature: int
     count: int
@@ -34,7 +38,7 @@ class Partner(NamedTuple):
 
 
 class Cards:
-    """Reads a survey. Raises FastSAEError for features and proxies that it does not have."""
+    """Reads a survey. Raises FastSAEError for features, proxies and halves that it does not have."""
 
     def __init__(self, survey: Survey) -> None:
         self.survey = survey
@@ -53,6 +57,7 @@ class Cards:
 
     def maximum(self, half: Half = None) -> np.ndarray:
         """Largest activation of each feature: [F]."""
+        _check_half(half)
         return self.survey.maximum.max(0) if half is None else self.survey.maximum[half]
 
     def mean_active(self, half: Half = None) -> np.ndarray:
@@ -84,6 +89,34 @@ class Cards:
     def base_rate(self, half: Half = None) -> np.ndarray:
         """Each category's share of the tokens: [P]."""
         return self._sum("p", half) / max(self.tokens(half), 1)
+
+    def notes(self, feature: int | None = None) -> list[str]:
+        """What the survey left out, or only estimates, and why: a sentence each. feature: and of that one's card."""
+        survey, found = self.survey, []
+        F, D = survey.d_sae, survey.d_in
+        if not survey.sums["fx"].size:
+            found.append(
+                f"Correlations of features with neurons were left out: they would take {8 * F * D / 2**30:.2g} GiB, "
+                f"more than neuron_memory = {survey.config.neuron_memory:g}."
+            )
+        sampled = len(survey.pairs.places())
+        if survey.pairs_sampled and sampled:
+            found.append(
+                f"What fires together is estimated from {sampled:,} tokens drawn at random, as the "
+                f"dictionary has more than cofiring_up_to = {survey.config.cofiring_up_to} features."
+            )
+        elif not survey.sums["together"].size:
+            found.append("What fires together was not counted.")
+        if feature is None:
+            return found
+        self._check(feature)
+        share = int(survey.sums["fires"][:, feature].sum()) / max(self.tokens(), 1)
+        if share > _OFTEN and not self.random(feature, 1, silent=True):
+            found.append(
+                f"The feature fires on {share:.2g} of the tokens, and somewhere in every window drawn at random: there "
+                "are no silent ones."
+            )
+        return found
 
     # --- of one feature ---------------------------------------------------------------------------------------------
 
@@ -119,15 +152,18 @@ class Cards:
         return Moments(max(self.tokens(half), 1), f, ff, p[q], pp[q], fp[feature, q])
 
     def top(self, feature: int, n: int = 20, half: Half = None) -> list[Example]:
-        """The strongest examples, strongest first, no two from the same few words."""
+        """The strongest examples, strongest first: of each stretch of 2 · around tokens of the text (counted from its
+        start) the strongest token, unless it stands at most `around` tokens from a stronger example. Fewer than were
+        kept where some stand so near."""
         return self._best(self.survey.top, feature, n, half)
 
     def bottom(self, feature: int, n: int = 20, half: Half = None) -> list[Example]:
-        """The weakest examples, weakest first."""
+        """The weakest examples, weakest first, as far apart as those of `top`."""
         return self._best(self.survey.bottom, feature, n, half)
 
     def intervals(self, feature: int, m: int = 11, n: int = 5, half: Half = None) -> list[list[Example]]:
         """Up to n examples from each of m equal intervals of (0, maximum], weakest interval first, drawn at random.
+        How many there can be: see SurveyConfig.per_interval.
 
         They come from samples of sixteenths of the feature's range, which is at most twice its maximum: where an
         interval holds a part of a sixteenth only, that part may be thinner in the sample than it is in the text.
@@ -145,8 +181,10 @@ class Cards:
         return found
 
     def random(self, feature: int, n: int = 20, half: Half = None, silent: bool = False) -> list[Example]:
-        """Windows drawn without regard to the feature; silent: only those on which it is off throughout."""
+        """Windows drawn without regard to the feature; silent: only those on which it is off throughout: few or none
+        for a feature that fires often (see `notes`)."""
         self._check(feature)
+        _check_half(half)
         windows = self.survey.random
         where = windows.numbers(None if half is None else bool(half))
         active, ids = windows.of(feature, where)
@@ -159,6 +197,7 @@ class Cards:
         """Random windows that hold one of the tokens on which the feature is strongest, whether it is on there or not;
         those most often on top first, in turns."""
         self._check(feature)
+        _check_half(half)
         centre = self.survey.config.around
         rows = self._rows(self.survey.top, feature, half)
         ids, counts = np.unique(self.survey.top.ids[rows, centre], return_counts=True)
@@ -179,7 +218,12 @@ class Cards:
         self, feature: int, half: Half = None, *, intervals: int = 12, per_interval: int = 8, random: int = 60,
         top_logits: list[str] | None = None, bottom_logits: list[str] | None = None,
     ) -> Evidence:  # fmt: skip
-        """What an explainer may see of the feature (half 0), or is asked about (half 1)."""
+        """What an explainer may see of the feature (half 0), or is asked about (half 1).
+
+        A survey of per_interval = 4 has 3 to 5 examples of each of 12 intervals in each half; for 8, survey with
+        per_interval = 12.
+        """
+        self._check(feature)
         highest = float(self.maximum(half)[feature])
         return Evidence(
             feature=feature,
@@ -195,20 +239,30 @@ class Cards:
         )
 
     def cofiring(self, feature: int, n: int = 10) -> list[Partner] | None:
-        """The features that most often fire when this one does, by Jaccard; None where pairs were not counted."""
+        """The features that most often fire when this one does, by Jaccard; None where pairs were not counted.
+
+        Of more than cofiring_up_to features, pairs are counted on a sample: a feature that fires on fewer than 5 of its
+        tokens has no partners, and none that fires with it on only one of them is any.
+        """
         self._check(feature)
-        together = self.survey.sums["together"]
-        if not together.size:
-            return None
+        together, sample = self.survey.sums["together"], self.survey.pairs
         fires = self._sum("fires", None)
-        both = together[feature].copy()
-        both[feature] = 0
-        jaccard = both / np.maximum(fires + fires[feature] - both, 1)
+        if together.size:
+            partners = np.flatnonzero(together[feature])
+            both = together[feature, partners]
+        elif self.survey.pairs_sampled and len(sample.where):
+            on, entries = sample.beside(feature)
+            partners, seen = np.unique(entries, return_counts=True)
+            partners, seen = (part[(seen >= _LEAST_BOTH) & (on >= _LEAST_SAMPLED)] for part in (partners, seen))
+            both = np.minimum(np.round(seen * (fires[feature] / max(on, 1))), fires[partners])
+        else:
+            return None
+        others = partners != feature
+        partners, both = partners[others], both[others]
+        jaccard = both / np.maximum(fires[partners] + fires[feature] - both, 1)
+        lift = both * max(self.tokens(), 1) / (fires[partners] * fires[feature])
         order = np.argsort(-jaccard, kind="stable")[:n]
-        expected = fires * fires[feature] / max(self.tokens(), 1)
-        return [
-            Partner(int(g), int(both[g]), float(jaccard[g]), float(both[g] / expected[g])) for g in order if both[g]
-        ]
+        return [Partner(int(partners[i]), int(both[i]), float(jaccard[i]), float(lift[i])) for i in order]
 
     # --- within -----------------------------------------------------------------------------------------------------
 
@@ -217,14 +271,17 @@ class Cards:
             raise FastSAEError(f"features must be numbers from 0 to {self.survey.d_sae - 1}, got {feature}")
 
     def _proxy(self, category: str | int) -> int:
-        if isinstance(category, int):
-            return category
+        if isinstance(category, int | np.integer):
+            if not 0 <= category < len(self.survey.proxies):
+                raise FastSAEError(f"proxies must be numbers below {len(self.survey.proxies)}, got {category}")
+            return int(category)
         if category not in self.survey.proxies:
             known = ", ".join(self.survey.proxies) or "none"
             raise FastSAEError(f"the survey has no proxy {category!r}; it has {known}")
         return self.survey.proxies.index(category)
 
     def _sum(self, name: str, half: Half) -> np.ndarray:
+        _check_half(half)
         array = self.survey.sums[name]
         return array.sum(0) if half is None else array[half]
 
@@ -253,14 +310,22 @@ class Cards:
         return np.diff(np.round(below)).astype(int).tolist()
 
     def _rows(self, table: Kept, feature: int, half: Half) -> np.ndarray:
+        _check_half(half)
         rows = table.of(feature)
         return rows if half is None else rows[table.half[rows] == bool(half)]
 
     def _best(self, table: Kept, feature: int, n: int, half: Half) -> list[Example]:
         self._check(feature)
         rows = self._rows(table, feature, half)
-        rows = rows[np.lexsort((table.where[rows], table.key[rows]))][:n]
-        return [self._example(table.where[row], table.window[row], table.ids[row]) for row in rows]
+        rows = rows[np.lexsort((table.where[rows], table.key[rows]))]
+        found: list[Example] = []
+        for row in rows:
+            if len(found) >= n:
+                break
+            example = self._example(table.where[row], table.window[row], table.ids[row])
+            if not any(_near(example, better, table.around) for better in found):
+                found.append(example)
+        return found
 
     def _example(self, where: Any, window: np.ndarray, ids: np.ndarray) -> Example:
         there = np.flatnonzero(ids >= 0)
@@ -270,6 +335,15 @@ class Cards:
             ids[low:high].astype(np.int64), window[low:high].astype(np.float32), self.survey.config.around - low,
             document, int(where - self.survey.first[document]),
         )  # fmt: skip
+
+
+def _check_half(half: Half) -> None:
+    if half not in (None, 0, 1):
+        raise FastSAEError(f"half must be 0 (where features are chosen), 1 (where they are scored) or None, got {half}")
+
+
+def _near(one: Example, other: Example, around: int) -> bool:
+    return one.document == other.document and abs(one.position - other.position) <= around
 
 
 def _recentred(example: Example, by: int) -> Example:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import nn
 
 from fastsae.errors import FastSAEError
 from fastsae.files import replace_file
@@ -39,7 +40,7 @@ class Checkpoint:
 
     def __init__(self, path: str | Path, about: dict[str, Any]) -> None:
         self.path, self._about = Path(path), json.loads(json.dumps(about, default=str))
-        self._saved = time.monotonic()
+        self._saved, self._pause = time.monotonic(), SECONDS
 
     def resume(self, parts: Mapping[str, Part], resume: bool) -> int:
         """Loads what the file holds into the parts; batches that they have seen, 0 where there is no file.
@@ -52,12 +53,10 @@ class Checkpoint:
             raise FastSAEError(
                 f"{self.path} is an unfinished pass: resume it, choose another folder, or remove the file"
             )
-        try:
-            with np.load(self.path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-            about = json.loads(arrays.pop("about").tobytes())
-        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile):
-            raise FastSAEError(f"{self.path} is damaged: remove it to start the pass again") from None
+        found = read_arrays(self.path)
+        if found is None:
+            raise FastSAEError(f"{self.path} is damaged: remove it to start the pass again")
+        arrays, about = found
         batches = about.pop("batches", 0)
         if about != self._about:
             key = next(k for k in {**self._about, **about} if about.get(k) != self._about.get(k))
@@ -72,13 +71,15 @@ class Checkpoint:
 
     def save(self, parts: Mapping[str, Part], batches: int) -> None:
         """All parts now, in the place of what the file held."""
+        begun = time.monotonic()
         arrays = {f"{name}/{key}": array for name, part in parts.items() for key, array in part.arrays().items()}
         save_arrays(self.path, arrays, self._about | {"batches": batches})
         self._saved = time.monotonic()
+        self._pause = max(SECONDS, 20 * (self._saved - begun))
 
     def save_if_due(self, parts: Mapping[str, Part], batches: int) -> None:
-        """Once a minute."""
-        if time.monotonic() - self._saved > SECONDS:
+        """Once a minute, or less often where that would take more than a twentieth of the time."""
+        if time.monotonic() - self._saved > self._pause:
             self.save(parts, batches)
 
     def remove(self) -> None:
@@ -97,6 +98,17 @@ def save_arrays(path: Path, arrays: Arrays, about: dict[str, Any]) -> None:
     replace_file(path, write)
 
 
+def read_arrays(path: Path) -> tuple[Arrays, dict[str, Any]] | None:
+    """What save_arrays wrote; None for a file that is not whole, or another one."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        about = json.loads(arrays.pop("about").tobytes())
+    except (ValueError, KeyError, OSError, EOFError, TypeError, AttributeError, zipfile.BadZipFile):
+        return None
+    return (arrays, about) if isinstance(about, dict) else None
+
+
 def dictionary_digest(sae: Any) -> str:
     """A fingerprint of a dictionary's configuration and parameters, to know it again; of a stand-in, its name."""
     if not isinstance(sae, SAE):
@@ -108,4 +120,18 @@ def dictionary_digest(sae: Any) -> str:
         digest.update(name.encode())
         for rows in tensor.detach().reshape(-1).split(1 << 24):
             digest.update(rows.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def model_digest(model: Any) -> str:
+    """A fingerprint of a model from its parameters' names, shapes and some thousand numbers of each, spread evenly: all
+    of a large model would take longer to read than it takes to notice that it is another."""
+    if not isinstance(model, nn.Module):
+        return type(model).__name__
+    digest = hashlib.blake2b(digest_size=8)
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().reshape(-1)
+        some = flat[:: max(1, len(flat) // 4096)].cpu().contiguous()
+        digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(some.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -95,7 +95,7 @@ class Kept:
 
     def wanted(self, feature: np.ndarray, half: np.ndarray, value: np.ndarray, key: np.ndarray) -> np.ndarray:
         """[m] bool: which of these may be among the best of their group."""
-        return key < self._worst[self._group(feature, half, value)]
+        return key <= self._worst[self._group(feature, half, value)]  # of equal keys the first in the text stays
 
     def __len__(self) -> int:
         return len(self.feature)

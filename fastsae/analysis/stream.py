@@ -5,7 +5,7 @@ What every analysis reads. Memory is that of a batch. Axes: B contexts, T tokens
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from fastsae.errors import FastSAEError, TooDenseError
 from fastsae.hooks import activations
 from fastsae.progress import progress
 from fastsae.sae import SAE
-from fastsae.store import ActivationStore, MemoryStore
+from fastsae.store import ActivationStore, Batch, MemoryStore
 
 
 class Source(NamedTuple):
@@ -35,7 +35,7 @@ class Read(NamedTuple):
     token_ids, documents, positions: [n] int64. grid: [B, T] int64, the row of every place of the contexts they come
     from, −1 where none is (special tokens, padding); context_ids: [B, T], all token ids; both None from a store, whose
     rows are not in the order of the text. xs, codes: of every source, its activations [n, D] and their code; x and
-    codes stay on the device of their model.
+    codes stay on the device of their model. number: of the batch, counted from the start of the text or store.
     """
 
     token_ids: Tensor
@@ -45,6 +45,7 @@ class Read(NamedTuple):
     context_ids: Tensor | None
     xs: tuple[Tensor, ...]
     codes: tuple[SparseCode, ...]
+    number: int = 0
 
 
 @torch.no_grad()
@@ -64,26 +65,29 @@ def read(
     left out, as the harvest leaves them out. A model that several sources share runs once. Models and dictionaries run
     in evaluation mode, and between two Reads are as they were.
 
-    max_tokens: stop after the batch with which so many are reached. rank, world: only every world-th context, from
-    number rank on, so that a part of the text holds a part of everything in it. start: leave out so many batches, for
-    which no model runs.
+    max_tokens: of the whole text, in its order, for ranks too: what all of them read together. rank, world: only every
+    world-th context, from number rank on, so that a part of the text holds a part of everything in it. start: leave out
+    so many batches, for which no model runs. Batches with no token to read are left out, and counted.
     Raises FastSAEError: no text, no such module, an SAE of another width, a tokenizer of another model, activations
     that are not finite.
     """
     if not sources:
         raise FastSAEError("expected at least one dictionary with its model, got none")
+    check_rank(rank, world)
     for source in sources:
         model_limits(source.model, tokenizer, context)
-    done = 0
+    left = max_tokens
     for number, whole in enumerate(context_batches(tokenizer, documents, context, batch_size * world, "cut")):
-        if max_tokens is not None and done >= max_tokens:
-            return
-        done += int(whole.keep.sum())
+        if left is not None:
+            if left <= 0:
+                return
+            whole = whole._replace(keep=whole.keep & (whole.keep.flatten().cumsum(0).view_as(whole.keep) <= left))
+            left -= int(whole.keep.sum())
         batch = ContextBatch(*(column[rank::world] for column in whole))
-        if number < start or not len(batch.keep):
-            continue
         keep = batch.keep
         n = int(keep.sum())
+        if number < start or not n:
+            continue
         grid = torch.full(keep.shape, -1)
         grid[keep] = torch.arange(n)
         ran: dict[tuple[int, str], Tensor] = {}
@@ -96,7 +100,7 @@ def read(
         xs = tuple(ran[id(source.model), source.hook] for source in sources)
         codes = tuple(encoded(source.sae, x, source.hook) for source, x in zip(sources, xs, strict=True))
         places = (batch.token_ids[keep], batch.documents[keep], batch.positions[keep])
-        yield Read(*places, grid, batch.token_ids, xs, codes)
+        yield Read(*places, grid, batch.token_ids, xs, codes, number)
 
 
 @torch.no_grad()
@@ -107,19 +111,48 @@ def read_store(
     batch_size: int = 4096,
     max_tokens: int | None = None,
     seed: int = 0,
+    start: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    wanted: Callable[[Batch], Tensor] | None = None,
 ) -> Iterator[Read]:
     """The rows of a store once, in random order; no model runs. Modes of dictionaries as in `read`.
 
-    Raises FastSAEError for an SAE of another width.
+    max_tokens: rows that all ranks read together, the first in that order. rank, world: only the documents whose number
+    leaves that rest (of a MemoryStore, which has none: rows), so that a rank has the neighbours of its tokens too; all
+    ranks read all rows and encode theirs. start: leave out so many batches. wanted: which rows of a batch to encode,
+    [n] bool.
+    Raises FastSAEError for an SAE of another width, and for activations that are not finite.
     """
-    done = 0
-    for batch in store.batches(min(batch_size, store.count), seed=seed, epochs=1, drop_last=False):
-        x = batch.x
-        codes = tuple(encoded(sae, x.to(sae.device), "the store") for sae in saes)
-        yield Read(batch.token_ids, batch.documents, batch.positions, None, None, tuple(x for _ in saes), codes)
-        done += len(x)
-        if max_tokens is not None and done >= max_tokens:
+    check_rank(rank, world)
+    size = min(batch_size * world, store.count)
+    limit = store.count if max_tokens is None else min(max_tokens, store.count)
+    if start * size >= limit:
+        return
+    stream = store.batches(size, seed=seed, start_step=start, epochs=1, drop_last=False)
+    for number, batch in enumerate(stream, start):
+        done = number * size
+        if done >= limit:
             return
+        batch = Batch(*(column[: limit - done] for column in batch))
+        part = batch.documents if isinstance(store, ActivationStore) else torch.arange(len(batch.x))
+        keep = part % world == rank
+        if wanted is not None:
+            keep &= wanted(batch)
+        if not keep.all():
+            batch = Batch(*(column[keep] for column in batch))
+        if not len(batch.x):
+            continue
+        x = _finite(batch.x, "the store")
+        codes = tuple(encoded(sae, x.to(sae.device), "the store") for sae in saes)
+        places = (batch.token_ids, batch.documents, batch.positions)
+        yield Read(*places, None, None, tuple(x for _ in saes), codes, number)
+
+
+def check_rank(rank: int, world: int) -> None:
+    """Raises FastSAEError for a rank that is none of so many."""
+    if world < 1 or not 0 <= rank < world:
+        raise FastSAEError(f"expected a rank from 0 to world − 1 and a world of at least 1, got {rank} of {world}")
 
 
 def watched(

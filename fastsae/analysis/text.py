@@ -20,34 +20,45 @@ _AT_ONCE = 64  # documents
 
 
 class Text:
-    """ids: [N] integers, in a temporary file that is read as an array. first: [documents + 1], where each document
+    """ids: [N] int32, in a temporary file that is read as an array. first: [documents + 1], where each document
     begins. half: [documents] bool, True where features are scored, False where they are chosen. bytes_of: the
     vocabulary's. counts: of the whole text, for proxies.
 
-    Memory: the documents themselves, and what the system keeps of the file (2 or 4 bytes a token); scores are made for
+    Memory: the documents themselves, and what the system keeps of the file (4 bytes a token); scores are made for
     some documents at a time, or kept for all of them, 4 N P bytes, where tokens are asked for in no order
-    (keep_scores).
-    Raises FastSAEError where there is no text.
+    (keep_scores). stretch: tokens of a document that stand in a context of their own, where it was cut so.
+    digest: a fingerprint of the tokens, where documents begin, and halves.
+    Raises FastSAEError where there is no text, or no list of documents.
     """
 
     def __init__(
-        self, tokenizer: Any, documents: Sequence[Any], chosen: Sequence[Proxy] = (), keep_scores: bool = False
-    ) -> None:
+        self, tokenizer: Any, documents: Sequence[Any], chosen: Sequence[Proxy] = (), keep_scores: bool = False,
+        stretch: int | None = None,
+    ) -> None:  # fmt: skip
+        if isinstance(documents, str) or not hasattr(documents, "__len__") or not hasattr(documents, "__getitem__"):
+            remedy = "put it into a list" if isinstance(documents, str) else "read them into a list"
+            raise FastSAEError(f"expected a list of documents, got {type(documents).__name__}: {remedy}")
+        self.stretch = stretch
+        digest = hashlib.blake2b(digest_size=8)
         self.bytes_of = TokenBytes.of(tokenizer)
         self.proxies = tuple(chosen)
-        dtype, lengths, file = np.uint16 if len(self.bytes_of) <= 2**16 else np.int32, [], tempfile.TemporaryFile()
+        lengths, file = [], tempfile.TemporaryFile()
         for start in range(0, len(documents), _AT_ONCE):
             texts = [text_of(document) for document in documents[start : start + _AT_ONCE]]
             found = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
             for ids in found:
-                file.write(np.asarray(ids, dtype=dtype).tobytes())
+                as_bytes = np.asarray(ids, dtype=np.int32).tobytes()
+                digest.update(as_bytes)
+                file.write(as_bytes)
                 lengths.append(len(ids))
         if not sum(lengths):
             raise FastSAEError("expected text to analyze, found none: every document is empty")
         file.flush()
-        self.ids = np.memmap(file, dtype, "r")
+        self.ids = np.memmap(file, np.int32, "r")
         self.first = np.concatenate([[0], np.cumsum(lengths)])
         self.half = np.array(scoring_half(documents), dtype=bool)
+        digest.update(self.first.tobytes() + self.half.tobytes())
+        self.digest = digest.hexdigest()
         self.counts = TokenCounts(self.proxies, len(self.bytes_of))
         for low, high in self._parts(0, len(documents)):
             self.counts.add(self.spelling(low, high))
@@ -86,6 +97,20 @@ class Text:
     def _score(self, low: int, high: int) -> None:
         parts = [score_all(self.proxies, self.spelling(a, b), self.counts) for a, b in self._parts(low, high)]
         self._scored = (low, high, np.concatenate(parts, axis=1))
+
+    def around(self, where: np.ndarray, around: int) -> np.ndarray:
+        """The tokens around each of `where` [M], −1 where the document (or the stretch of it) has none: [M, W]."""
+        document = self.document_of(where)
+        low, high = self.first[document], self.first[np.asarray(document) + 1]
+        if self.stretch is not None:
+            low = where - (where - low) % self.stretch
+            high = np.minimum(high, low + self.stretch)
+        near = where[:, None] + np.arange(-around, around + 1)
+        return np.where((near >= low[:, None]) & (near < high[:, None]), near, -1)
+
+    def ids_at(self, near: np.ndarray) -> np.ndarray:
+        """Token ids at `near`, −1 where that is −1: int32."""
+        return np.where(near >= 0, self.ids[np.maximum(near, 0)].astype(np.int32), np.int32(-1))
 
     def document_of(self, where: np.ndarray | int) -> np.ndarray:
         """The document that tokens stand in."""

@@ -5,6 +5,7 @@ Axes: n tokens of a batch, m entries of a sparse code, M windows, W = 2 · aroun
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from fastsae.analysis.kept import Column, uniform
 from fastsae.analysis.stream import Read
+from fastsae.analysis.text import Text
 
 # What is kept of a window drawn at random, and of each of its active entries.
 _OF_WINDOW, _OF_ENTRY = ("where", "key", "half", "ids", "entries"), ("at", "feature", "value")
@@ -29,11 +31,13 @@ class Surroundings:
     """Of a batch of text: which tokens stand around which, and what a feature does there.
 
     A window ends where its context does: what the model did not see is not shown. From a store, whose rows are not in
-    the order of the text, a window is the token alone.
+    the order of the text, the tokens around are the document's (of its context, where Text.stretch tells that), and of
+    activations there is the token's own; `neighbours.Filling` has the others.
+    text, where: of the tokens of the batch, where they stand [n]; for a store.
     """
 
-    def __init__(self, some: Read, entries: Entries, around: int) -> None:
-        self.around, self._entries = around, entries
+    def __init__(self, some: Read, entries: Entries, around: int, text: Text, where: np.ndarray) -> None:
+        self.around, self._entries, self._text, self._where = around, entries, text, where
         n = len(some.token_ids)
         self._ids = some.token_ids.numpy().astype(np.int32)
         if some.grid is None:
@@ -56,6 +60,12 @@ class Surroundings:
         self._feature, self._value = entries.feature[order], entries.value[order]
         self._place = place[entries.row[order]]
 
+    def alone(self) -> Surroundings:
+        """The same of a width of one token."""
+        found = copy.copy(self)
+        found.around, found._neighbours = 0, None
+        return found
+
     def rows(self, row: np.ndarray) -> np.ndarray:
         """The rows of the batch around each of `row` [M], −1 where none is: [M, W]."""
         offsets = np.arange(2 * self.around + 1)
@@ -69,7 +79,8 @@ class Surroundings:
     def window(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What the features of the entries [M] do around them: activations [M, W] float32, NaN where no token is, and
         ids [M, W]."""
-        near = self.rows(self._entries.row[chosen])
+        row = self._entries.row[chosen]
+        near = self.rows(row)
         values = np.zeros(near.shape, dtype=np.float32)
         position = self._position[chosen]
         mine, here = self._feature[position], self._place[position]
@@ -80,14 +91,17 @@ class Surroundings:
             offset = self._place[at] - here
             found = np.flatnonzero(inside & (self._feature[at] == mine) & (np.abs(offset) <= self.around))
             values[found, offset[found] + self.around] = self._value[at[found]]
-        return np.where(near >= 0, values, np.float32(np.nan)), self.ids(near)
+        ids = self.ids(row, near)
+        return np.where(ids >= 0, values, np.float32(np.nan)), ids
 
     def span(self, near: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where the entries of rows [M, W] begin and end; of no use where there is no row."""
         return self._begin[np.maximum(near, 0)], self._end[np.maximum(near, 0)]
 
-    def ids(self, near: np.ndarray) -> np.ndarray:
-        """Token ids of rows [M, W], −1 where none is: int32."""
+    def ids(self, row: np.ndarray, near: np.ndarray) -> np.ndarray:
+        """Token ids around rows [M], which have rows [M, W] around, −1 where no token is: [M, W] int32."""
+        if self._neighbours is None:
+            return self._text.ids_at(self._text.around(self._where[row], self.around))
         return np.where(near >= 0, self._ids[np.maximum(near, 0)], np.int32(-1))
 
 
@@ -103,7 +117,7 @@ class RandomWindows:
         self.ids, self.entries = Column(np.int32, 2 * around + 1), Column(np.int64)
         # Of the active entries, window by window: place in the window, feature, activation.
         self.at, self.feature, self.value = Column(np.int16), Column(np.int32), Column(np.float32)
-        self._worst = np.array([np.inf, np.inf])
+        self._worst, self._trimmed = np.array([np.inf, np.inf]), True
         self._by_feature: tuple[np.ndarray, ...] | None = None
 
     def _columns(self) -> dict[str, Column]:
@@ -119,7 +133,7 @@ class RandomWindows:
             order = row[np.lexsort((key[row], half[row]))]
             row = np.sort(order[np.arange(len(order)) - np.searchsorted(half[order], half[order]) < self.limit])
         near = surroundings.rows(row)
-        ids = surroundings.ids(near)
+        ids = surroundings.ids(row, near)
         begin, end = surroundings.span(near)
         counts = np.where(near >= 0, end - begin, 0)  # [M, W] entries of every token
         flat = counts.reshape(-1)
@@ -131,12 +145,15 @@ class RandomWindows:
     def _append(self, new: Iterable[np.ndarray]) -> None:
         for column, rows in zip(self._columns().values(), new, strict=True):
             column.append(rows)
-        self._by_feature = None
+        self._by_feature, self._trimmed = None, False
         if len(self.where) > 3 * self.limit:
             self._trim()
 
     def _trim(self) -> None:
         """Only the windows that stay, in the order of the text."""
+        if self._trimmed:
+            return
+        self._trimmed = True
         where, key, half = self.where.rows, self.key.rows, self.half.rows
         order = np.lexsort((where, key, half))
         rank = np.arange(len(order)) - np.searchsorted(half[order], half[order])
@@ -162,6 +179,11 @@ class RandomWindows:
         self._append(column.rows for column in other._columns().values())
         self._trim()
 
+    def places(self) -> np.ndarray:
+        """`where` of all windows, in the order of the text."""
+        self._trim()
+        return self.where.rows
+
     def numbers(self, half: bool | None = None) -> np.ndarray:
         """`where` of all windows [M], in the order of their keys: a random one."""
         self._trim()
@@ -171,11 +193,7 @@ class RandomWindows:
     def of(self, feature: int, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Activations [M, W], NaN where no token is, and ids [M, W] of the windows at `tokens` [M]."""
         self._trim()
-        if self._by_feature is None:
-            order = np.argsort(self.feature.rows, kind="stable")
-            owner = np.repeat(np.arange(len(self.where)), self.entries.rows)
-            self._by_feature = (self.feature[order], owner[order], self.at[order].astype(np.int64), self.value[order])
-        features, owner, at, value = self._by_feature
+        features, owner, at, value = self._sorted()
         low, high = np.searchsorted(features, [feature, feature + 1])
         window = np.searchsorted(self.where.rows, tokens)
         ids = self.ids[window]
@@ -186,6 +204,14 @@ class RandomWindows:
         active[mine[mine >= 0], at[low:high][mine >= 0]] = value[low:high][mine >= 0]
         return active, ids
 
+    def _sorted(self) -> tuple[np.ndarray, ...]:
+        """Feature, window, place and activation of the entries, by feature."""
+        if self._by_feature is None:
+            order = np.argsort(self.feature.rows, kind="stable")
+            owner = np.repeat(np.arange(len(self.where)), self.entries.rows)
+            self._by_feature = (self.feature[order], owner[order], self.at[order].astype(np.int64), self.value[order])
+        return self._by_feature
+
     def arrays(self) -> dict[str, np.ndarray]:
         """All windows, to be saved."""
         self._trim()
@@ -193,8 +219,32 @@ class RandomWindows:
 
     def load(self, arrays: dict[str, np.ndarray]) -> None:
         """What `arrays` gave."""
+        for column in self._columns().values():
+            column.keep(np.zeros(0, np.int64))
         self._append(arrays[name] for name in self._columns())
         self._trim()
+
+    def fill(self, window: np.ndarray, at: np.ndarray, feature: np.ndarray, value: np.ndarray) -> None:
+        """All that is active in the windows [m], in the place of what was known. window: numbers in the order of
+        `where`; at: places in them."""
+        order = np.lexsort((at, window))
+        new = (np.bincount(window, minlength=len(self.where)), at[order], feature[order], value[order])
+        for name, rows in zip(("entries", *_OF_ENTRY), new, strict=True):
+            column = getattr(self, name)
+            column.keep(np.zeros(0, np.int64))
+            column.append(rows)
+        self._by_feature = None
+
+    def beside(self, feature: int) -> tuple[int, np.ndarray]:
+        """On how many of the windows a feature is active, and the features of all entries of these."""
+        self._trim()
+        features, owner, _, _ = self._sorted()
+        low, high = np.searchsorted(features, [feature, feature + 1])
+        mine = np.unique(owner[low:high])
+        counts = self.entries.rows
+        begin, flat = _starts(counts)[mine], counts[mine]
+        which = np.arange(flat.sum()) + np.repeat(begin - _starts(flat), flat)
+        return len(mine), self.feature[which]
 
 
 def _starts(counts: np.ndarray) -> np.ndarray:

@@ -64,6 +64,7 @@ def feature_card(facts: Facts, f: int, spelling: Spelling | None = None) -> dict
         "neurons": _pairs(facts.neurons.neurons[f], facts.neurons.pearson[f]) if facts.neurons is not None else None,
         "similar": _pairs(facts.neighbours.features[f], facts.neighbours.cosine[f]) if facts.neighbours else None,
         "cofiring": _cofiring(facts, f),
+        "notes": cards.notes(f),
         "match": _match(facts, f),
         "splitting": _family(facts, f),
     }

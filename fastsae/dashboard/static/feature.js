@@ -72,6 +72,7 @@ fastsae.page("feature", async (main, argument, _query, current) => {
       it.splitting && (it.splitting.parents.length || it.splitting.children.length) ? block("Splitting",
         it.splitting.parents.length ? list(it.splitting.parents.slice(0, 8), ([g, r]) => [`parent ${g} of ${count(it.splitting.narrower)}`, ["cos ", fixed(r)]]) : null,
         it.splitting.children.length ? list(it.splitting.children.slice(0, 8), ([g, r]) => [`child ${g} of ${count(it.splitting.wider)}`, ["cos ", fixed(r)]]) : null) : null,
+      it.notes?.length ? block("Left out or estimated", it.notes.map((note) => h("p", null, note))) : null,
     ];
   }
 
