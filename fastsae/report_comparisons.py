@@ -48,17 +48,19 @@ def beside_paper(results: Row) -> str:
             row["name"], f"{row['base_rate']:.2%}", paper.get("base", ""),
             f"{row['specificity']:.0%}", paper.get("specificity", ""), f"{row['specificity_upper']:.0%}",
             paper.get("upper", ""), f"{row['expected']:.0%}", number(row["pearson"]), number(row["pearson_clipped"]),
-            paper.get("pearson", ""), number(row["average_precision"]), *(number(row["controls"][n]) for n in names),
+            number(row.get("pearson_paper")), number(row.get("pearson_paper_clipped")), paper.get("pearson", ""), number(row["average_precision"]), *(number(row["controls"][n]) for n in names),
             f"{neuron['specificity_upper']:.0%}", number(top, "+.2f"), paper.get("ablation", ""), number(match),
             paper.get("match", ""),
         ])  # fmt: skip
     head = ("", "base rate", "paper", "specificity", "paper", "upper half", "paper", "expected value", "Pearson",
-            "graded", "paper", "average precision", *names, "best neuron, upper half", "ΔNLL, top 20", "paper",
+            "graded", "by the paper’s proxy", "graded", "paper", "average precision", *names, "best neuron, upper half", "ΔNLL, top 20", "paper",
             "match", "paper")  # fmt: skip
     return (
         "<h2>The paper’s analyses, beside the paper’s figures</h2>"
         "<p>Every figure is of the documents that did not choose the feature. The columns named after controls hold the "
-        f"Pearson correlation of their best feature, chosen and scored in the same way: {escape(', '.join(names))}.</p>"
+        f"Pearson correlation of their best feature, chosen and scored in the same way: {escape(', '.join(names))}. Our "
+        "labels chose the features; by the paper’s proxy, a token that holds part of a character counts as often as it is "
+        "part of the script, and any legal character as base64.</p>"
         + table(head, body)
     )
 

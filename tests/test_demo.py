@@ -166,7 +166,43 @@ def raw(demo, tmp_path_factory):
                 at += length
         label[name] = np.array(marks)
     found["label"] = label
+    spelled = [bytes(alphabet[c] for c in piece) for piece in pieces]
+    found["paper"] = papers(found["a"]["ids"], found["a"]["document"], spelled, label)
     return found
+
+
+def papers(ids, document, spelled, label) -> dict[str, Any]:
+    """The paper's proxies, token by token, in loops."""
+    import math
+
+    import numpy as np
+
+    def whole(piece: bytes) -> bool:
+        return piece.decode("utf-8", "replace").encode() == piece
+
+    scores: dict[str, Any] = {}
+    for name in ("Arabic", "Hebrew"):
+        share = {i: label[name][ids == i].mean() for i in set(ids.tolist())}
+        given = [float(inside) if whole(piece) else share[i]
+                 for i, piece, inside in zip(ids.tolist(), spelled, label[name], strict=True)]  # fmt: skip
+        prior = (label[name].sum() + 1) / (len(ids) + 2)
+        scores[name] = np.log(np.maximum(given, 1e-10) / prior)
+    counts = np.bincount(ids, minlength=512)
+    log_p = np.log((counts + 1) / (len(ids) + len(counts)))
+    base64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+    for name, legal, least in (("base64", base64, 1), ("DNA", b"ACGT", 2)):
+        found = []
+        for n in range(len(ids)):
+            best, total = math.log(1e-10), 0.0
+            for begin in range(n, -1, -1):
+                piece = spelled[begin]
+                if document[begin] != document[n] or not piece or not set(piece) <= set(legal):
+                    break
+                total -= len(piece) * math.log(len(legal)) + log_p[ids[begin]]
+                best = max(best, total) if n - begin + 1 >= least else best
+            found.append(best)
+        scores[name] = np.array(found)
+    return scores
 
 
 def test_reported_scores_are_those_of_the_raw_activations(demo, raw):
@@ -210,6 +246,24 @@ def test_reported_scores_are_those_of_the_raw_activations(demo, raw):
         assert row["density"] == pytest.approx((f[:, feature] > 0).mean(), abs=1e-3)
         assert row["max"] == pytest.approx(f[:, feature].max(), rel=1e-4)
     assert set(rows) & set(raw["label"]) and sum(label.any() for label in raw["label"].values()) >= 3
+
+
+def test_correlations_with_the_papers_proxies_are_those_of_the_raw_activations(demo, raw):
+    import numpy as np
+
+    from fastsae.analysis.text import scoring_half
+
+    rows = {row["name"]: row for row in json.loads((demo / "results.json").read_text(encoding="utf-8"))["categories"]}
+    scored = np.array(scoring_half(raw["documents"]))[raw["a"]["document"]]
+    assert len(set(rows) & set(raw["paper"])) >= 2
+    for name, row in rows.items():
+        if name not in raw["paper"]:
+            assert row["pearson_paper"] is row["pearson_paper_clipped"] is None
+            continue
+        f, score = raw["a"]["f"].astype(np.float64)[scored, row["feature"]], raw["paper"][name][scored]
+        assert row["pearson_paper"] == pytest.approx(np.corrcoef(f, score > 0)[0, 1], abs=1e-4), name
+        wanted = np.corrcoef(f, score.clip(0))[0, 1]
+        assert row["pearson_paper_clipped"] == pytest.approx(wanted, abs=1e-4), name
 
 
 def test_universality_is_that_of_dense_correlations(demo, raw):
