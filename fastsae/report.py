@@ -44,7 +44,7 @@ GLOSSARY = {
     "the documents that did not choose the feature. 1 is a perfect detector.",
     "by the paper’s proxy": "the same feature’s correlation with the label as the paper makes it: a token that holds only "
     "part of a character is Arabic where more of its occurrences are than of all tokens, and base64 is any string of its "
-    "characters that is likelier there than in the text, be it a letter.",
+    "characters that random letters of base64 give more often than the text does, be it a single letter.",
     "advantage": "Pearson of the best feature less that of the best neuron; both were chosen on the other half.",
     "recall": "of the category's tokens, the share on which the feature is active.",
     "specificity": "of the tokens on which the feature is active, the share inside the category; upper: of those with more "
