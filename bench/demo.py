@@ -9,6 +9,7 @@ from typing import Any
 
 from bench import results
 
+PAPERS = ("pearson_paper", "pearson_paper_clipped")  # where the paper has a proxy of its own
 FIGURES = ("base_rate", "pearson", "neuron_pearson", "specificity", "specificity_upper", "lift_upper")
 
 
@@ -62,6 +63,7 @@ def _wall(seconds: dict[str, float]) -> float:
 
 def _short(row: dict[str, Any]) -> dict[str, Any]:
     kept = {name: round(row[name], 4) for name in ("density", *FIGURES)}
+    kept |= {name: round(row[name], 4) for name in PAPERS if row.get(name) is not None}
     effects: dict[str, Any] = {"name": row["name"], "feature": row["feature"], "neuron": row["neuron"]}
     for part, names in (("ablation", ("inside", "beside", "outside")), ("pinning", ("unpinned", "pinned", "neuron"))):
         if row[part]:

@@ -167,6 +167,12 @@ PAPER_GOALS = {
 PAPER_PEARSON = {"Arabic": "0.74", "DNA": "0.80", "base64": "0.38", "Hebrew": "0.55"}
 
 
+def _by_paper(row: Row) -> str:
+    """Pearson with the paper's own proxy, as yes or no and graded."""
+    graded = _number(row, "pearson_paper_clipped", 2)
+    return _number(row, "pearson_paper", 2) + (f" ({graded})" if graded else "")
+
+
 def _demo_table(result: Row) -> str:
     """The goals, met or missed, and the categories."""
     a = result["quality"]["a"]
@@ -176,11 +182,14 @@ def _demo_table(result: Row) -> str:
          PAPER_GOALS.get(row["name"], "")]
         for row in result["goals"]
     ]
+    by_paper = any("pearson_paper" in row for row in result["rows"])
     found = _table(
-        ["", "base rate", "Pearson, best feature", "best neuron", "paper's feature", "specificity",
+        ["", "base rate", "Pearson, best feature", "best neuron",
+         *(["by the paper's proxy (graded)"] if by_paper else []), "paper's feature", "specificity",
          "upper half of the range", "lift there"],
         [[row["name"], f"{row['base_rate']:.2%}", _number(row, "pearson", 2), _number(row, "neuron_pearson", 2),
-          PAPER_PEARSON.get(row["name"], ""), f"{row['specificity']:.0%}", f"{row['specificity_upper']:.0%}",
+          *([_by_paper(row)] if by_paper else []), PAPER_PEARSON.get(row["name"], ""),
+          f"{row['specificity']:.0%}", f"{row['specificity_upper']:.0%}",
           _number(row, "lift_upper", 0)] for row in result["rows"]],
     )  # fmt: skip
     used = _table(

@@ -177,6 +177,7 @@ def analyze(
     other_model: str | None = None,
     control_sae: Path | None = None,
     control_model: str | None = None,
+    widths: tuple[Path, ...] = (),
 ) -> dict:
     """Find the features of scripts, base64 and DNA on held-out text and write a report on them.
 
@@ -190,28 +191,28 @@ def analyze(
         other_sae: Dictionary of another run, to look for the same features in.
         other_model: The causal LM of that other run; same tokenizer.
         control_sae: Dictionary trained on a shuffled model, as a control beside the others.
-        control_model: That shuffled model; same tokenizer.
+        control_model: That model: one with the weights of every matrix shuffled (fastsae.analysis.shuffled).
+        widths: Narrower and wider dictionaries of the same model and module, to see features split.
     """
     from fastsae import corpus
     from fastsae.analysis import analyze as run
 
-    if (other_sae is None) != (other_model is None):
-        raise FastSAEError("other_sae and other_model go together, got one of them")
     given = {"sae": sae, "model": model, "hook": hook, "text": text, "other_sae": other_sae, "other_model": other_model}
-    if (control_sae is None) != (control_model is None):
-        raise FastSAEError("control_sae and control_model go together, got one of them")
-    if control_sae is not None:
-        given |= {"control_sae": control_sae, "control_model": control_model}
+    given |= {"control_sae": control_sae, "control_model": control_model, "widths": [str(width) for width in widths]}
+    for name in ("other", "control"):
+        if (given[f"{name}_sae"] is None) != (given[f"{name}_model"] is None):
+            raise FastSAEError(f"{name}_sae and {name}_model go together, got one of them")
     claim_folder(out, "analysis", {**given, "analyze": asdict(config)}, resume=True)
     network, tokenizer = load_model(model)
-    other = None
-    if other_sae is not None and other_model is not None:
-        other = (load_sae(other_sae), load_model(other_model)[0])
-    control = None
-    if control_sae is not None and control_model is not None:
-        control = (load_sae(control_sae), load_model(control_model)[0])
+    other, control = (
+        None if folder is None or name is None else (load_sae(folder), load_model(name)[0])
+        for folder, name in ((other_sae, other_model), (control_sae, control_model))
+    )
     documents = corpus.load(text, "heldout", text_field)
-    found = run(load_sae(sae), network, tokenizer, documents, hook, out, config, other=other, control=control)
+    found = run(
+        load_sae(sae), network, tokenizer, documents, hook, out, config, other=other, control=control,
+        widths=[load_sae(width) for width in widths],
+    )  # fmt: skip
     return {**found, "report": str(out / "report.html")}
 
 

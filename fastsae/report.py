@@ -42,6 +42,9 @@ GLOSSARY = {
     "base rate": "share of all tokens that belong to the category.",
     "Pearson": "correlation of the activation with the proxy (belongs / does not), over all held-out tokens of the half of "
     "the documents that did not choose the feature. 1 is a perfect detector.",
+    "by the paper’s proxy": "the same feature’s correlation with the label as the paper makes it: a token that holds only "
+    "part of a character is Arabic where more of its occurrences are than of all tokens, and base64 is any string of its "
+    "characters that random letters of base64 give more often than the text does, be it a single letter.",
     "advantage": "Pearson of the best feature less that of the best neuron; both were chosen on the other half.",
     "recall": "of the category's tokens, the share on which the feature is active.",
     "specificity": "of the tokens on which the feature is active, the share inside the category; upper: of those with more "
@@ -197,7 +200,8 @@ def _table(results: dict) -> str:
     for row in results["categories"]:
         paper, match = PAPER_PEARSON.get(row["name"]), PAPER_MATCH.get(row["name"])
         found += _row(
-            row["name"], f"{row['base_rate']:.2%}", _number(row["pearson"], ".2f"), "–" if paper is None else f"{paper:.2f}",
+            row["name"], f"{row['base_rate']:.2%}", _number(row["pearson"], ".2f"),
+            _number(row.get("pearson_paper"), ".2f"), "–" if paper is None else f"{paper:.2f}",
             _number(row["neuron_pearson"], ".2f"), _number(row["advantage"], "+.2f"), f"{row['specificity']:.0%}",
             f"{row['specificity_upper']:.0%}", f"{row['lift_upper']:.0f}×", f"{row['recall']:.0%}",
         )  # fmt: skip
@@ -205,8 +209,8 @@ def _table(results: dict) -> str:
     any_effect = any(row["ablation"] or row["pinning"] or row["match"] for row in results["categories"])
     return (
         "<h2>The features, beside the paper’s figures</h2><h3>Is it a detector?</h3>"
-        + _frame(("category", "base rate", "Pearson", "paper", "neuron", "advantage", "specificity", "upper half",
-                  "lift there", "recall"), found)
+        + _frame(("category", "base rate", "Pearson", "by the paper’s proxy", "paper", "neuron", "advantage",
+                  "specificity", "upper half", "lift there", "recall"), found)
         + _image("features_and_neurons.png", "Best feature and best neuron per category",
                  "Best feature and best neuron, each chosen on the other half of the documents.")
         + (
@@ -329,7 +333,8 @@ def _gaps_part(row: dict) -> str:
     others = ", ".join(f"feature {o['feature']} (on {o['share']:.0%} of them)" for o in gaps["others"])
     return (
         f"<p>Of {gaps['members']:,} tokens of the category in a part of the text it skips {gaps['missed']:,}"
-        + (f", most often {strings}" if strings else "") + (f". There fire {others}" if others else "") + ".</p>"
+        + (f", most often {strings}" if strings else "")
+        + (f". There fire {others}, chosen on other documents" if others else "") + ".</p>"
     )  # fmt: skip
 
 

@@ -48,19 +48,22 @@ def beside_paper(results: Row) -> str:
             row["name"], f"{row['base_rate']:.2%}", paper.get("base", ""),
             f"{row['specificity']:.0%}", paper.get("specificity", ""), f"{row['specificity_upper']:.0%}",
             paper.get("upper", ""), f"{row['expected']:.0%}", number(row["pearson"]), number(row["pearson_clipped"]),
-            paper.get("pearson", ""), number(row["average_precision"]), *(number(row["controls"][n]) for n in names),
+            number(row.get("pearson_paper")), number(row.get("pearson_paper_clipped")), paper.get("pearson", ""),
+            number(row["average_precision"]), *(number(row["controls"][n]) for n in names),
             f"{neuron['specificity_upper']:.0%}", number(top, "+.2f"), paper.get("ablation", ""),
             number(match.get("held_out")), number(match.get("pearson")), paper.get("match", ""),
         ])  # fmt: skip
     head = ("", "base rate", "paper", "specificity", "paper", "upper half", "paper", "expected value", "Pearson",
-            "graded", "paper", "average precision", *names, "best neuron, upper half", "ΔNLL, top 20", "paper",
-            "match", "match, in-sample", "paper")  # fmt: skip
+            "graded", "by the paper’s proxy", "graded", "paper", "average precision", *names,
+            "best neuron, upper half", "ΔNLL, top 20", "paper", "match", "match, in-sample", "paper")  # fmt: skip
     return (
         "<h2>The paper’s analyses, beside the paper’s figures</h2>"
         "<p>Every figure but one is of the documents that did not choose the feature, nor its match. The one is “match, "
         "in-sample”, the paper’s measure: the largest correlation with a feature of the other run, over the tokens that it "
         "is chosen on. The columns named after controls hold the Pearson correlation of their best feature, chosen and "
-        f"scored on separate halves: {escape(', '.join(names))}.</p>" + table(head, body)
+        f"scored on separate halves: {escape(', '.join(names))}. Our labels chose the features; by the paper’s proxy, a "
+        "token that holds part of a character counts as often as it is part of the script, and any legal character as "
+        "base64.</p>" + table(head, body)
     )
 
 

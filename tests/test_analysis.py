@@ -214,7 +214,7 @@ def test_any_feature_can_be_asked_for(run, tmp_path: Path):
 
 
 def test_misplaced_features_fire_as_often_and_know_nothing_of_the_text():
-    from fastsae.analysis.analyze import Misplaced
+    from fastsae.analysis.controls import Misplaced
 
     sae = SAE(d_in=4, d_sae=4, k=1, decoder_norm="free").eval()
     with torch.no_grad():

@@ -50,6 +50,31 @@ def test_a_planted_gap():
         assert other.phi == pytest.approx(np.corrcoef(fires, gap)[0, 1])
 
 
+def test_features_are_chosen_on_other_tokens_than_they_are_scored_on():
+    reading, inside, dense = planted(0)
+    ids, scored = reading.token_ids.numpy(), np.arange(400) % 2 == 1
+    dense[:, 3] = ids == 4  # exactly the gap
+    dense[:, 0] = (ids == 4) & scored  # has it where nobody chooses
+    reading = reading._replace(codes=(SparseCode.from_dense(torch.from_numpy(dense)),))
+    found = gaps([(reading, inside, torch.from_numpy(scored))], 1, F)
+    gap = ids == 4
+    members = (ids == 3) | gap
+    assert (found.tokens, found.members, found.missed) == (200, (members & scored).sum(), (gap & scored).sum())
+    assert [(s.token_id, s.missed) for s in found.strings] == [(4, (gap & scored).sum())]
+    assert len(found.examples) == found.missed < 20 and all(e.position % 2 == 1 for e in found.examples)
+    best = found.others[0]
+    assert (best.feature, best.share, best.precision, best.phi) == (3, 1, 1, pytest.approx(1))
+    assert best.lift == pytest.approx(200 / (gap & scored).sum())
+    assert [other.feature for other in found.others][:2] == [3, 2] and 0 not in {o.feature for o in found.others}
+    for other in found.others:
+        fires = dense[scored, other.feature] > 0
+        assert other.share == pytest.approx(fires[gap[scored]].mean())
+        assert other.precision == pytest.approx(gap[scored][fires].mean())
+        assert other.phi == pytest.approx(np.corrcoef(fires, gap[scored])[0, 1])
+    one_half = gaps([(reading, inside & torch.from_numpy(scored), torch.from_numpy(scored))], 1, F)
+    assert one_half.missed == found.missed and one_half.others == []
+
+
 def test_windows_are_around_missed_tokens_and_cut_at_begin_of_text():
     batches = [planted(seed) for seed in range(3)]
     found = gaps(((r, inside) for r, inside, _ in batches), 1, F, examples=12, around=3).examples
@@ -107,5 +132,7 @@ def test_bad_input():
         gaps([(reading, inside)], 6, F)
     with pytest.raises(FastSAEError, match="each of 400 tokens"):
         gaps([(reading, inside[:3])], 1, F)
+    with pytest.raises(FastSAEError, match="each of 400 tokens"):
+        gaps([(reading, inside, inside[:3])], 1, F)
     with pytest.raises(FastSAEError, match="got none"):
         gaps([], 1, F)

@@ -88,6 +88,18 @@ def test_a_function_gives_spans_or_scores():
         Function("yes", lambda s: True).score(text)
 
 
+def test_a_python_function_is_a_proxy_of_its_name():
+    def capitals(text: str) -> list[tuple[int, int]]:
+        return [(m.start(), m.end()) for m in re.finditer("[A-Z]+", text)]
+
+    assert proxies([capitals, "Thai"]) == [Function("capitals", capitals), Script("Thai")]
+    text = of_bytes(b"aBc")
+    assert proxies([capitals])[0].score(text).tolist() == Function("capitals", capitals).score(text).tolist()
+    for other in (5, Regex):
+        with pytest.raises(FastSAEError, match="a function of the text or an object with name and score, got"):
+            proxies([other])  # type: ignore[list-item]
+
+
 def test_rare_scripts_are_unicodes_own():
     names = {"Linear B": "LINEAR B SYLLABLE", "Vithkuqi": "VITHKUQI", "Old Italic": "OLD ITALIC LETTER"}
     for name, word in names.items():
@@ -114,7 +126,8 @@ def chunks() -> tuple[Spelling, list[Spelling]]:
 
 def test_scores_of_chunks_are_those_of_the_whole():
     whole, parts = chunks()
-    chosen = proxies([*DEFAULT, "hex", r"digits=regex:\d+", "ids:65,66", "Vithkuqi"])
+    papers = ("Arabic/paper", "base64/paper", "DNA/paper")
+    chosen = proxies([*DEFAULT, "hex", *papers, r"digits=regex:\d+", "ids:65,66", "Vithkuqi"])
     chosen.append(Function("spaces", lambda s: [(m.start(), m.end()) for m in re.finditer(" +", s)]))
     counts, rest = (TokenCounts(chosen, len(BYTES)) for _ in range(2))
     counts.add(parts[0])

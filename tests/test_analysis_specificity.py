@@ -11,6 +11,7 @@ from fastsae.analysis.specificity import (
     Moments,
     Overlap,
     OverlapCounter,
+    f1,
     pearson,
     precision_recall,
     sensitivity,
@@ -107,10 +108,20 @@ def test_precision_and_recall_are_scikit_learns():
         if t > 0:
             at = int(np.flatnonzero(np.isclose(found.thresholds, (t - 1) * 0.5))[0])
             assert (found.precision[at], found.recall[at]) == pytest.approx((p, r))
-    f1 = [2 * p * r / (p + r) for t, p, r in zip(thresholds, precision, recall, strict=False) if t > 0]
-    assert found.best_f1 == pytest.approx(max(f1))
+    curve = [2 * p * r / (p + r) for t, p, r in zip(thresholds, precision, recall, strict=False) if t > 0]
+    assert found.best_f1 == pytest.approx(max(curve))
     above = f > found.best_threshold
     assert found.best_f1 == pytest.approx(2 * (above & inside).sum() / (above.sum() + inside.sum()))
+
+
+def test_f1_at_a_threshold_that_other_tokens_chose():
+    chosen = precision_recall(overlap_of(*raw(5)[::2])).best_threshold
+    f, _, inside = raw(6)
+    above = f > chosen
+    wanted = 2 * (above & inside).sum() / (above.sum() + inside.sum())
+    assert f1(overlap_of(f, inside), chosen) == pytest.approx(wanted)
+    assert f1(overlap_of(f, inside), 99.0) == 0
+    assert f1(overlap_of(f, np.zeros(N, dtype=bool)), 0.0) == 0
 
 
 def test_many_features_and_categories_at_once():

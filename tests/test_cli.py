@@ -47,6 +47,26 @@ def test_a_preset_gives_the_defaults_and_options_go_on_top(tmp_path):
     assert config.activation == "relu" and config.l1_coefficient == pytest.approx(0.004 * 16)
 
 
+def test_analyze_passes_controls_and_widths_on(monkeypatch, tmp_path, capsys):
+    import fastsae.analysis
+
+    asked = {}
+
+    def analyze(*args, **options):
+        asked.update(options)
+        return {}
+
+    monkeypatch.setattr(fastsae.analysis, "analyze", analyze)
+    monkeypatch.setattr(cli, "load_sae", lambda folder: folder.name)
+    monkeypatch.setattr(cli, "load_model", lambda name: (name, "tokenizer"))
+    argv = ["analyze", "--sae", "A", "--model", "M", "--out", str(tmp_path / "out")]
+    assert cli.main([*argv, "--control-sae", "C", "--control-model", "S", "--widths", "narrow", "wide"]) == 0
+    assert asked == {"other": None, "control": ("C", "S"), "widths": ["narrow", "wide"]}
+    capsys.readouterr()
+    assert cli.main([*argv, "--control-sae", "C"]) == 2
+    assert capsys.readouterr().err == "fastsae: control_sae and control_model go together, got one of them\n"
+
+
 def test_ctrl_c_says_how_to_go_on(monkeypatch, capsys):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt

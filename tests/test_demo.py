@@ -122,20 +122,25 @@ def test_its_figures_become_the_readme_table(demo, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def raw(demo, tmp_path_factory):
-    """The held-out text's activations from a store, and all that this file computes from them by itself, in numpy."""
+    """Of the demo's held-out text."""
+    from fastsae import corpus
+    from fastsae.demo import SCALES
+
+    return recomputed(demo, corpus.builtin("heldout")[:: SCALES["tiny"].every], tmp_path_factory.mktemp("raw"))
+
+
+def recomputed(demo, heldout, folder, branches="ab") -> dict[str, Any]:
+    """The text's activations from a store, and all that this file computes from them by itself, in numpy."""
     import numpy as np
     from safetensors.numpy import load_file
 
     import fastsae
-    from fastsae import corpus, lm
-    from fastsae.demo import SCALES
+    from fastsae import lm
 
-    heldout = corpus.builtin("heldout")[:: SCALES["tiny"].every]
     found: dict[str, Any] = {"documents": heldout}
-    for branch in ("a", "b"):
+    for branch in branches:
         model, tokenizer = lm.load(demo / f"lm-{branch}")
-        folder = tmp_path_factory.mktemp("raw") / branch
-        store = fastsae.harvest(model, tokenizer, heldout, lm.MLP_HOOK, folder, packing="cut", context=64,
+        store = fastsae.harvest(model, tokenizer, heldout, lm.MLP_HOOK, folder / branch, packing="cut", context=64,
                                 dtype="float32", show_progress=False)  # fmt: skip
         rows = store.read(0, store.count)
         order = np.lexsort((rows.positions.numpy(), rows.documents.numpy()))
@@ -166,7 +171,43 @@ def raw(demo, tmp_path_factory):
                 at += length
         label[name] = np.array(marks)
     found["label"] = label
+    found["spelled"] = [bytes(alphabet[c] for c in piece) for piece in pieces]
     return found
+
+
+def papers(raw) -> dict[str, Any]:
+    """The paper's proxies, token by token, in loops."""
+    import math
+
+    import numpy as np
+
+    def whole(piece: bytes) -> bool:
+        return piece.decode("utf-8", "replace").encode() == piece
+
+    ids, document, spelled, label = raw["a"]["ids"], raw["a"]["document"], raw["spelled"], raw["label"]
+    scores: dict[str, Any] = {}
+    for name in ("Arabic", "Hebrew"):
+        share = {i: label[name][ids == i].mean() for i in set(ids.tolist())}
+        given = [float(inside) if whole(piece) else share[i]
+                 for i, piece, inside in zip(ids.tolist(), spelled, label[name], strict=True)]  # fmt: skip
+        prior = (label[name].sum() + 1) / (len(ids) + 2)
+        scores[name] = np.log(np.maximum(given, 1e-10) / prior)
+    counts = np.bincount(ids, minlength=512)
+    log_p = np.log((counts + 1) / (len(ids) + len(counts)))
+    base64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+    for name, legal, least in (("base64", base64, 1), ("DNA", b"ACGT", 2)):
+        found = []
+        for n in range(len(ids)):
+            best, total = math.log(1e-10), 0.0
+            for begin in range(n, -1, -1):
+                piece = spelled[begin]
+                if document[begin] != document[n] or not piece or not set(piece) <= set(legal):
+                    break
+                total -= len(piece) * math.log(len(legal)) + log_p[ids[begin]]
+                best = max(best, total) if n - begin + 1 >= least else best
+            found.append(best)
+        scores[name] = np.array(found)
+    return scores
 
 
 def test_reported_scores_are_those_of_the_raw_activations(demo, raw):
@@ -210,6 +251,35 @@ def test_reported_scores_are_those_of_the_raw_activations(demo, raw):
         assert row["density"] == pytest.approx((f[:, feature] > 0).mean(), abs=1e-3)
         assert row["max"] == pytest.approx(f[:, feature].max(), rel=1e-4)
     assert set(rows) & set(raw["label"]) and sum(label.any() for label in raw["label"].values()) >= 3
+
+
+def test_correlations_with_the_papers_proxies_are_those_of_the_raw_activations(demo, tmp_path):
+    import numpy as np
+
+    import fastsae
+    from fastsae import corpus, lm
+    from fastsae.analysis import AnalyzeConfig, analyze
+    from fastsae.analysis.text import scoring_half
+
+    heldout = corpus.builtin("heldout")
+    rare = [document for document in heldout if document.kind in ("Arabic", "Hebrew", "b64", "dna")]
+    some = rare + [document for document in heldout[::30] if document not in rare]  # too few of them in the demo's text
+    config = AnalyzeConfig(("Arabic", "Hebrew", "base64", "DNA", "Thai"), context=64, contexts_per_effect=2,
+                           sample_tokens=2, samples=1, control_tokens=5000, explain_features=0)  # fmt: skip
+    model, tokenizer = lm.load(demo / "lm-a")
+    sae = fastsae.SAE.from_pretrained(demo / "sae-a" / "sae")
+    found = analyze(sae, model, tokenizer, some, lm.MLP_HOOK, tmp_path / "new", config, show_progress=False)
+    raw = recomputed(demo, some, tmp_path, "a")
+    scored = np.array(scoring_half(some))[raw["a"]["document"]]
+    wanted = papers(raw)
+    rows = {row["name"]: row for row in found["categories"]}
+    assert set(wanted) <= set(rows)
+    for name, score in wanted.items():
+        f, score = raw["a"]["f"].astype(np.float64)[scored, rows[name]["feature"]], score[scored]
+        binary, graded = (np.corrcoef(f, proxy)[0, 1] for proxy in (score > 0, score.clip(0)))
+        assert rows[name]["pearson_paper"] == pytest.approx(binary, abs=1e-4), name
+        assert rows[name]["pearson_paper_clipped"] == pytest.approx(graded, abs=1e-4), name
+        assert name == "DNA" or abs(rows[name]["pearson"] - binary) > 0.005, name
 
 
 def test_universality_is_that_of_dense_correlations(demo, raw):

@@ -25,5 +25,6 @@ __all__ = [
     "Match", "MatchConfig", "Overlap", "Partner", "Proxy", "Quality", "Read", "Regex", "Script", "Source", "Split",
     "SplitConfig", "SteerConfig", "Survey", "SurveyConfig", "Text", "TokenBytes", "TokenSet", "UltraLow", "Watcher",
     "analyze", "evidence_of", "explain_dictionary", "geometry", "live_features", "match", "proxies", "read",
-    "read_match", "read_split", "read_store", "shuffled", "split", "steer", "survey_of_store", "take_survey", "ultra_low",
+    "read_match", "read_split", "read_store", "shuffled", "split", "steer", "survey_of_store", "take_survey",
+    "ultra_low",
 ]  # fmt: skip

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
 
-from fastsae.analysis import goals
+from fastsae.analysis import goals, paper_forms
 from fastsae.analysis.cards import Cards
+from fastsae.analysis.controls import Misplaced, neurons_as_features, random_features
 from fastsae.analysis.evidence import contexts_map, evidence_of, live_features
 from fastsae.analysis.explain import ExplainConfig, explain_features
 from fastsae.analysis.gaps import GapCounter, Gaps
@@ -25,6 +25,7 @@ from fastsae.analysis.held_out import HeldOut
 from fastsae.analysis.logit_map import LogitMap
 from fastsae.analysis.matches import SHUFFLED, TRAINED, Match, MatchConfig
 from fastsae.analysis.neurons import ClosestHeldOut, neuron_basis
+from fastsae.analysis.paper_forms import PaperForm
 from fastsae.analysis.passes import take_survey
 from fastsae.analysis.proxies import DEFAULT, Proxy, proxies
 from fastsae.analysis.splitting import FeatureMap, Split, SplitConfig, Splitting, map_of
@@ -33,12 +34,10 @@ from fastsae.analysis.study import Effects, Known, Study, chosen_features
 from fastsae.analysis.survey import Survey, SurveyConfig
 from fastsae.analysis.text import Text
 from fastsae.analysis.universality import Matching, shuffled
-from fastsae.codes import SparseCode
 from fastsae.errors import FastSAEError
 from fastsae.files import write_json
 from fastsae.sae import SAE
 
-_POOL = 20_000  # tokens that misplaced features are drawn from
 _LOGIT_CONTEXTS = 8  # over which logit weights are averaged: the final norm differs little between tokens
 
 
@@ -47,7 +46,7 @@ class AnalyzeConfig:
     """What to look for, and how long to look."""
 
     categories: tuple[str, ...] = DEFAULT
-    """Scripts by their Unicode name, base64, DNA, hex, regex:…, tokens:…"""
+    """Scripts by their Unicode name, base64, DNA, hex, regex:…, tokens:…; Arabic/paper, base64/paper: as the paper."""
     features: tuple[int, ...] = ()
     """Features to show besides the best one of every category, each beside the category it follows best."""
     tokens: int | None = None
@@ -71,6 +70,10 @@ class AnalyzeConfig:
     """Seeds the samples and the features drawn."""
 
     def __post_init__(self) -> None:
+        if unnamed := [one for one in self.categories if not isinstance(one, str)]:
+            raise FastSAEError(
+                f"categories are names, got {unnamed[0]!r}: give functions and proxies to take_survey as more_proxies"
+            )
         if not proxies(self.categories):
             raise FastSAEError("expected at least one category, got none")
         if self.tokens is not None and self.tokens < 1:
@@ -126,11 +129,12 @@ def analyze(
     first = run.first(other, control, widths)
     cards = Cards(first.survey)
     chosen = chosen_features(cards)
-    second = run.second(control, chosen)
+    l0 = float(first.survey.sums["fires"].sum()) / max(cards.tokens(), 1)
+    second = run.second(control, chosen, l0)
     controls = {name: Cards(survey) for name, survey in second.surveys.items() if name != "features"}
     known = Known(
         run.source, tokenizer, cards, controls, run.held_out, run.logits(), neuron_basis(sae.W_dec, k=5),
-        first.match, second.gaps, run.text.bytes_of, second.closest,
+        first.match, second.gaps, run.text.bytes_of, first.papers, second.closest,
     )  # fmt: skip
     how = Effects(config.batch_size, config.sample_tokens, config.samples, config.seed)
     study = Study(known, how)
@@ -161,6 +165,7 @@ def analyze(
 
 class _First(NamedTuple):
     survey: Survey
+    papers: dict[str, PaperForm]
     match: Match | None
     split: Split | None
 
@@ -181,7 +186,8 @@ class _Run:
         self.source, self.tokenizer, self.documents, self.config = source, tokenizer, documents, config
         self.show, self.layers = show_progress, [source.sae]
         chosen: list[Proxy] = proxies(config.categories)
-        self.text = Text(tokenizer, documents, chosen)
+        self.papers = paper_forms.beside(chosen)
+        self.text = Text(tokenizer, documents, [*chosen, *self.papers])
         self.held_out = HeldOut(
             self.text, tokenizer, config.context, config.contexts_per_effect, config.tokens, config.seed
         )
@@ -219,18 +225,20 @@ class _Run:
                 splitting.add([codes[id(one)] for one in layers])
 
         (survey,) = take_survey(
-            self.source, self.tokenizer, self.documents, self.how, beside=beside, watch=watch, text=self.text,
-            show_progress=self.show,
+            self.source, self.tokenizer, self.documents, self.how, more_proxies=self.papers, beside=beside,
+            watch=watch, text=self.text, show_progress=self.show,
         )  # fmt: skip
         return _First(
-            survey, None if matching is None else matching.result(), None if splitting is None else splitting.result()
-        )
+            *paper_forms.taken_apart(survey, len(self.papers)), None if matching is None else matching.result(),
+            None if splitting is None else splitting.result(),
+        )  # fmt: skip
 
-    def second(self, control: tuple[SAE, Any] | None, chosen: dict[int, int]) -> _Second:
+    def second(self, control: tuple[SAE, Any] | None, chosen: dict[int, int], l0: float) -> _Second:
+        """l0: features on per token, on average, as the first pass has found."""
         sae, model, hook = self.source
         limit = min(len(self.text), self.config.tokens or len(self.text))
         sources = {"features": self.source, "neurons": Source(neurons_as_features(sae), model, hook)}
-        sources["random directions"] = Source(random_features(sae, self.config.seed), model, hook)
+        sources["random directions"] = Source(random_features(sae, l0, self.config.seed), model, hook)
         misplaced: Any = Misplaced(sae, self.config.seed)
         sources["misplaced features"] = Source(misplaced, model, hook)
         if control is not None:
@@ -243,15 +251,15 @@ class _Run:
             documents = some.documents.numpy()
             closest.add(some.codes[0], some.xs[0], torch.from_numpy(self.text.half[documents]))
             where = self.text.first[documents] + some.positions.numpy()
-            inside = (self.text.scores(documents, where) > 0) & self.text.half[documents][:, None]
+            inside, scored = self.text.scores(documents, where) > 0, torch.from_numpy(self.text.half[documents])
             for p, counter in counters.items():
-                counter.add(some, torch.from_numpy(inside[:, p]))
+                counter.add(some, torch.from_numpy(inside[:, p]), scored)
 
         # Bookkeeping of neurons costs their density: none of the weakest examples, no pairs.
         how = replace(self.how, bottom=0, cofiring_up_to=0)
         surveys = take_survey(
-            list(sources.values()), self.tokenizer, self.documents, how, watch=watch, text=self.text,
-            world=max(1, math.ceil(limit / self.config.control_tokens)), show_progress=self.show,
+            list(sources.values()), self.tokenizer, self.documents, how, more_proxies=self.papers, watch=watch,
+            text=self.text, world=max(1, math.ceil(limit / self.config.control_tokens)), show_progress=self.show,
         )  # fmt: skip
         found = {p: counter.result() for p, counter in counters.items() if counter.tokens}
         return _Second(dict(zip(sources, surveys, strict=True)), found, closest.result())
@@ -305,55 +313,6 @@ class _Run:
             "summary": {name: {k: asdict(s) for k, s in row.items()} for name, row in found["summary"].items()},
             "features": [[one.feature, one.explanation, one.spearman, one.detection] for one in said],
         }
-
-
-@torch.no_grad()
-def neurons_as_features(sae: SAE) -> SAE:
-    """A dictionary whose features are the neurons (what is positive of them), in the neurons' own units."""
-    D = sae.cfg.d_in
-    name: Any = str(sae.dtype).removeprefix("torch.")
-    made = SAE(d_in=D, d_sae=D, activation="relu", max_l0=D, decoder_norm="free", dtype=name, device=sae.device)
-    made.encoder.weight.copy_(torch.eye(D))
-    made.W_dec.copy_(torch.eye(D))
-    return made.eval()
-
-
-@torch.no_grad()
-def random_features(sae: SAE, seed: int = 0) -> SAE:
-    """A dictionary as wide and as sparse as this one whose directions are random: features that mean nothing."""
-    name: Any = str(sae.dtype).removeprefix("torch.")
-    k = min(sae.cfg.k, sae.cfg.d_sae) if sae.cfg.activation in ("topk", "batchtopk") else min(16, sae.cfg.d_sae)
-    made = SAE(d_in=sae.cfg.d_in, d_sae=sae.cfg.d_sae, k=k, seed=seed + 1, dtype=name, device=sae.device)
-    made.b_dec.copy_(sae.b_dec)
-    made.input_mean.copy_(sae.input_mean)
-    made.input_scale.copy_(sae.input_scale)
-    return made.eval()
-
-
-class Misplaced(nn.Module):
-    """A dictionary whose features fire as often and as strongly, on other tokens: what chance explains.
-
-    Each token takes the code of one drawn from all that were read before (a pool of them): within a batch tokens would
-    change places with tokens of the same kind of text.
-    """
-
-    def __init__(self, sae: SAE, seed: int) -> None:
-        super().__init__()
-        self._sae, self.cfg = sae, sae.cfg
-        self._generator = torch.Generator().manual_seed(seed)
-        self._pool = torch.zeros(0, sae.cfg.d_in)
-
-    @property
-    def device(self) -> torch.device:
-        return self._sae.device
-
-    def encode_sparse(self, x: Tensor) -> SparseCode:
-        pool = x if not len(self._pool) else self._pool.to(x)
-        drawn = pool[torch.randint(len(pool), (len(x),), generator=self._generator).to(x.device)]
-        both = torch.cat([self._pool.to(x), x])
-        stay = torch.randperm(len(both), generator=self._generator)[:_POOL]
-        self._pool = both[stay.to(x.device)].cpu()
-        return self._sae.encode_sparse(drawn)
 
 
 def _universality(match: Match | None) -> dict | None:

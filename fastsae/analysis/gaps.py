@@ -30,10 +30,11 @@ class MissedToken:
 
 @dataclass(frozen=True)
 class GapFeature:
-    """Another feature on the gap.
+    """Another feature on the gap, in figures of the tokens that are scored.
 
-    share: part of the gap's tokens on which it fires. lift: share / its density over all tokens. precision: part of its
-    firing that is in the gap. phi: Pearson's r of "fires" with "is in the gap", by which features are ranked.
+    share: part of the gap's tokens on which it fires. lift: share / its density over the tokens. precision: part of its
+    firing that is in the gap. phi: Pearson's r of "fires" with "is in the gap"; by that of the tokens where features
+    are chosen they are ranked.
     """
 
     feature: int
@@ -45,10 +46,11 @@ class GapFeature:
 
 @dataclass(frozen=True, eq=False)
 class Gaps:
-    """tokens read, members of the category among them, missed: members on which the feature is silent.
+    """tokens scored, members of the category among them, missed: members on which the feature is silent.
 
     strings: entries most often missed. examples: windows drawn at random, each around a missed token (`at`); empty
-    where the tokens came from a store. others: the features that have the gap, best first.
+    where the tokens came from a store. others: the features that have the gap, best first on the tokens where they are
+    chosen; empty where these hold no gap, or the scored ones do not.
     """
 
     feature: int
@@ -79,25 +81,37 @@ class GapCounter:
             raise FastSAEError(f"features must be numbers from 0 to {d_sae - 1}, got {feature}")
         self.feature, self.source, self.around = feature, source, around
         self.tokens = self.members = self.missed = 0
-        self._fires = torch.zeros(2, d_sae, dtype=torch.int64)  # on all tokens, on the gap
+        # Where others are chosen and where they are scored: firing on all tokens and on the gap; tokens and gap.
+        self._fires = torch.zeros(2, 2, d_sae, dtype=torch.int64)
+        self._sizes = np.zeros((2, 2), dtype=np.int64)
         self._seen = np.zeros((2, 0), dtype=np.int64)  # [2, V]: members, missed
         self._limit, self._rng = examples, np.random.default_rng([seed, feature])
         self._kept: list[tuple[float, Example]] = []
 
-    def add(self, read: Read, inside: Tensor) -> None:
-        """inside: [n] bool, the tokens of the category."""
+    def add(self, read: Read, inside: Tensor, scored: Tensor | None = None) -> None:
+        """inside: [n] bool, the tokens of the category. scored: [n] bool, the tokens that everything is told of; on the
+        others the features that have the gap are chosen, and nothing else. None: the same tokens for both, which
+        flatters the features found."""
         code = read.codes[self.source]
-        if inside.shape != (code.n_tokens,):
-            raise FastSAEError(f"expected a label for each of {code.n_tokens} tokens, got shape {tuple(inside.shape)}")
+        for given in (inside, inside if scored is None else scored):
+            if given.shape != (code.n_tokens,):
+                raise FastSAEError(
+                    f"expected a label for each of {code.n_tokens} tokens, got shape {tuple(given.shape)}"
+                )
         on = (code.valid() & (code.values > 0)).cpu()
         indices = code.indices.cpu().long()
         mine = on & (indices == self.feature)
         inside = inside.cpu().bool()
         gap = inside & ~mine.any(1)
-        for row, tokens in enumerate((slice(None), gap)):
-            self._fires[row] += torch.bincount(indices[tokens][on[tokens]], minlength=self._fires.shape[1])
+        whole = torch.ones_like(inside)
+        halves = (whole, whole) if scored is None else (~scored.cpu().bool(), scored.cpu().bool())
+        for side, half in enumerate(halves):
+            for row, tokens in enumerate((half, half & gap)):
+                self._fires[side, row] += torch.bincount(indices[tokens][on[tokens]], minlength=self._fires.shape[2])
+                self._sizes[side, row] += int(tokens.sum())
+        inside, gap = inside & halves[1], gap & halves[1]
         self._count_strings(read.token_ids.cpu()[inside].numpy(), read.token_ids.cpu()[gap].numpy())
-        self.tokens += len(inside)
+        self.tokens += int(halves[1].sum())
         self.members += int(inside.sum())
         self.missed += int(gap.sum())
         if read.grid is not None:
@@ -154,23 +168,27 @@ class GapCounter:
         )
 
     def _others(self, count: int) -> list[GapFeature]:
-        if not self.missed:
+        if not self._sizes[:, 1].all():
             return []
-        all_, gap = self._fires.double().numpy()
-        phi = pearson(self.tokens, all_, all_, self.missed, self.missed, gap)
-        phi[self.feature] = -1
-        found = [int(i) for i in np.argsort(-phi, kind="stable")[:count] if gap[i] > 0]
-        share = gap / self.missed
+        fires = self._fires.double().numpy()
+        chosen, phi = (
+            pearson(n, all_, all_, missed, missed, gap)
+            for (n, missed), (all_, gap) in zip(self._sizes.tolist(), fires, strict=True)
+        )
+        chosen[self.feature] = -1
+        found = [int(i) for i in np.argsort(-chosen, kind="stable")[:count] if fires[0, 1, i] > 0]
+        all_, gap = fires[1]
+        share, often = gap / self.missed, np.maximum(all_, 1)
         return [
             GapFeature(
-                i, float(share[i]), float(share[i] * self.tokens / all_[i]), float(gap[i] / all_[i]), float(phi[i])
+                i, float(share[i]), float(share[i] * self.tokens / often[i]), float(gap[i] / often[i]), float(phi[i])
             )
             for i in found
         ]
 
 
 def gaps(
-    reads: Iterable[tuple[Read, Tensor]],
+    reads: Iterable[tuple[Read, Tensor] | tuple[Read, Tensor, Tensor]],
     feature: int,
     d_sae: int,
     *,
@@ -178,13 +196,14 @@ def gaps(
     others: int = 10,
     **options: int,
 ) -> Gaps:
-    """The gaps of a feature over reads, each with its labels, [n] bool. options: as GapCounter.
+    """The gaps of a feature over reads, each with its labels, [n] bool, and, to be asked for, which of the tokens are
+    scored, [n] bool, while the others choose (`GapCounter.add`). options: as GapCounter.
 
     Raises FastSAEError for a feature that the dictionary does not have, and when there is nothing to read.
     """
     counter = GapCounter(feature, d_sae, **options)
-    for read, inside in reads:
-        counter.add(read, inside)
+    for read, *labels in reads:
+        counter.add(read, *labels)
     if not counter.tokens:
         raise FastSAEError("expected tokens to look for gaps in, got none: give it some text")
     return counter.result(strings, others)

@@ -76,6 +76,11 @@ class TokenBytes:
             stripped.setdefault(piece.strip(), []).append(number)
         return exact, stripped
 
+    @cached_property
+    def partial(self) -> np.ndarray:
+        """[V] bool: entries that hold a part of a character: bytes that are no UTF-8 by themselves."""
+        return np.array([not _is_utf8(self[number]) for number in range(len(self))], dtype=bool)
+
     def __getitem__(self, token_id: int) -> bytes:
         return self.data[self.offsets[token_id] : self.offsets[token_id + 1]].tobytes()
 
@@ -85,6 +90,14 @@ class TokenBytes:
         starts = np.concatenate([[0], np.cumsum(lengths)])
         place = np.arange(starts[-1]) - np.repeat(starts[:-1] - self.offsets[token_ids], lengths)
         return self.data[place], starts
+
+
+def _is_utf8(piece: bytes) -> bool:
+    try:
+        piece.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _piece_bytes(name: str) -> bytes:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -42,7 +42,8 @@ class _Marks(Protocol):
 class TokenCounts:
     """How often each token and each yes-or-no category occurs in a text, added up over its chunks.
 
-    Bounded memory: [V] and a number per proxy. A first pass over the token ids makes it, a second one scores:
+    Bounded memory: [V], a number per proxy, and [V] more for one that asks for it (`by_token`). A first pass over the
+    token ids makes it, a second one scores:
 
         counts = TokenCounts(chosen, len(bytes_of))
         for spelling in chunks: counts.add(spelling)
@@ -53,6 +54,8 @@ class TokenCounts:
         self.unigrams = np.zeros(vocabulary, dtype=np.int64)  # [V]
         self.members = {proxy.name: 0 for proxy in chosen if isinstance(proxy, _Marks)}
         self._marks = [proxy for proxy in chosen if isinstance(proxy, _Marks)]
+        wanted = [proxy.name for proxy in self._marks if getattr(proxy, "by_token", False)]
+        self.by_token = {name: np.zeros(vocabulary, dtype=np.int64) for name in wanted}  # members of each entry, [V]
 
     @classmethod
     def of(cls, chosen: Iterable[Proxy], spelling: Spelling) -> TokenCounts:
@@ -70,11 +73,16 @@ class TokenCounts:
         """Count a chunk of whole documents."""
         self.unigrams += np.bincount(spelling.token_ids, minlength=len(self.unigrams))
         for proxy in self._marks:
-            self.members[proxy.name] += int(proxy.members(spelling).sum())
+            inside = proxy.members(spelling)
+            self.members[proxy.name] += int(inside.sum())
+            if proxy.name in self.by_token:
+                ids = spelling.token_ids[inside]
+                self.by_token[proxy.name] += np.bincount(ids, minlength=len(self.unigrams))
 
     def merge(self, other: TokenCounts) -> None:
         """Add what another rank or shard has counted. Raises FastSAEError if it counted something else."""
-        if len(other.unigrams) != len(self.unigrams) or other.members.keys() != self.members.keys():
+        mine, theirs = ((len(one.unigrams), one.members.keys(), one.by_token.keys()) for one in (self, other))
+        if mine != theirs:
             raise FastSAEError(
                 f"counts to merge must be of one vocabulary ({len(self.unigrams)}) and the same proxies, got "
                 f"{len(other.unigrams)} and {', '.join(other.members) or 'none'}"
@@ -82,6 +90,8 @@ class TokenCounts:
         self.unigrams += other.unigrams
         for name, count in other.members.items():
             self.members[name] += count
+        for name, counts in other.by_token.items():
+            self.by_token[name] += counts
 
     def log_p(self) -> np.ndarray:
         """[V] log probability of each token, one more seen of each than was."""
@@ -92,10 +102,20 @@ class TokenCounts:
 
         Raises FastSAEError for a category that was not counted.
         """
-        if name not in self.members:
-            counted = ", ".join(self.members) or "none"
+        return (self._counted(name, self.members) + 1) / (self.total + 2)
+
+    def fraction(self, name: str) -> np.ndarray:
+        """P(h | token): [V], the category's share of each entry's occurrences; 0 where it does not occur.
+
+        Raises FastSAEError for a category that was not counted token by token.
+        """
+        return self._counted(name, self.by_token) / np.maximum(self.unigrams, 1)
+
+    def _counted(self, name: str, among: dict[str, Any]) -> Any:
+        if name not in among:
+            counted = ", ".join(among) or "none"
             raise FastSAEError(f"proxy {name!r} was not counted (counted: {counted}): give TokenCounts all proxies")
-        return (self.members[name] + 1) / (self.total + 2)
+        return among[name]
 
 
 class Membership(ABC):

@@ -188,7 +188,7 @@ class PrecisionRecall:
     thresholds: [B], edges of bins, highest first. precision, recall: [..., B]; precision is NaN where nothing is above
     the threshold. average_precision: [...], Σ (R_k − R_{k−1}) P_k over the thresholds and a last one below silence,
     where recall is 1 and precision the base rate: a feature that is always silent scores the base rate. best_f1,
-    best_threshold: [...].
+    best_threshold: [...], the threshold that is best on these very tokens; `f1` scores it on others.
     """
 
     thresholds: np.ndarray
@@ -220,6 +220,13 @@ def precision_recall(overlap: Overlap) -> PrecisionRecall:
         best_f1=np.take_along_axis(f1, best[..., None], -1)[..., 0],
         best_threshold=np.take_along_axis(shown, best[..., None], -1)[..., 0],
     )
+
+
+def f1(overlap: Overlap, threshold: ArrayLike) -> np.ndarray:
+    """F1 of "the feature is above the threshold", an edge of a bin: [...]. 0 where nothing is above it."""
+    above = overlap.edges[..., :-1] >= np.expand_dims(np.asarray(threshold, dtype=np.float64), -1)
+    inside, active = (overlap.inside * above).sum(-1), (overlap.active * above).sum(-1)
+    return np.nan_to_num(_ratio(2 * inside, active + np.asarray(overlap.members, dtype=np.float64)))
 
 
 def _ratio(above: ArrayLike, below: ArrayLike) -> np.ndarray:

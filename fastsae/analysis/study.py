@@ -23,6 +23,7 @@ from fastsae.analysis.held_out import HeldOut
 from fastsae.analysis.labels import TokenBytes, readable
 from fastsae.analysis.logit_map import LogitMap
 from fastsae.analysis.neurons import NeuronBasis
+from fastsae.analysis.paper_forms import PaperForm
 from fastsae.analysis.stream import Source
 from fastsae.analysis.universality import Match
 from fastsae.hooks import activations
@@ -33,8 +34,8 @@ LEAST = 20  # tokens of a category in each half, for it to be reported
 
 class Known(NamedTuple):
     """What the passes have found. controls: cards, on a part of the text, of other dictionaries: the neurons as if each
-    were a feature ("neurons"), random directions, a shuffled model. closest: of features that are shown, the held-out
-    Pearson of the closest neuron (neurons.ClosestHeldOut)."""
+    were a feature ("neurons"), random directions, a shuffled model. papers: by category, where the paper has one.
+    closest: of features that are shown, the held-out Pearson of the closest neuron (neurons.ClosestHeldOut)."""
 
     source: Source
     tokenizer: Any
@@ -46,6 +47,7 @@ class Known(NamedTuple):
     match: Match | None
     gaps: dict[int, Gaps]
     bytes_of: TokenBytes
+    papers: dict[str, PaperForm]
     closest: Mapping[int, float | None] = {}
 
 
@@ -88,13 +90,16 @@ class Study:
         cards = self.cards
         neuron = int(self.of_neurons[CHOOSE][:, p].argmax())
         r, neuron_r = float(self.pearson[SCORE][feature, p]), float(self.of_neurons[SCORE][neuron, p])
-        highest = float(cards.maximum()[feature])
+        highest, name = float(cards.maximum()[feature]), cards.survey.proxies[p]
+        paper = self.known.papers.get(name)
         result = {
-            "name": cards.survey.proxies[p],
+            "name": name,
             "base_rate": float(cards.base_rate(SCORE)[p]),
             "feature": feature,
             "pearson": r,
             "pearson_clipped": float(self.clipped[feature, p]),
+            "pearson_paper": None if paper is None else float(paper.binary[feature]),
+            "pearson_paper_clipped": None if paper is None else float(paper.clipped[feature]),
             "neuron": neuron,
             "neuron_pearson": neuron_r,
             "advantage": r - neuron_r,
@@ -186,7 +191,7 @@ class Study:
         """ΔNLL in nats per token when the feature is set to 0 over whole contexts; None if none has the category.
 
         inside: on tokens of the category; beside: on the others of the contexts that hold such tokens; outside: on
-        contexts that hold none; top: after the 20 strongest activations.
+        contexts that hold none; top: after the 20 strongest activations, begin-of-text tokens and their like aside.
         """
         sae, model, hook = self.known.source
         with_it, without = self.known.held_out.split(p)
@@ -203,7 +208,9 @@ class Study:
                 strength.append(effects.feature_values(sae, activations(model, hook, ids), feature)[:, :-1].cpu())
         delta, member = torch.cat(change), self.known.held_out.inside[chosen][:, 1:, p]
         near = torch.arange(len(chosen))[:, None].expand_as(member) < len(with_it)
-        top = torch.cat(strength).flatten().topk(min(20, delta.numel())).indices
+        special = self.known.held_out.special[chosen][:, :-1]
+        places = (~special).flatten().nonzero().flatten()
+        top = places[torch.cat(strength).flatten()[places].topk(min(20, len(places))).indices]
         return {
             "inside": float(delta[member].mean()),
             "beside": _mean(delta[near & ~member]),
@@ -267,9 +274,13 @@ class Study:
 
 def scores(cards: Cards, feature: int, p: int) -> dict:
     """How well a feature tells the category, on the half where features are scored: specificity and lift over all of
-    its activations and over the bins above half of its maximum, share of its output, recall, precision–recall."""
+    its activations and over the bins above half of its maximum, share of its output, recall, precision–recall; F1 of
+    the threshold that is best where features are chosen."""
     overlap = cards.overlap(feature, p, SCORE)
-    if overlap.active.shape[-1] == 0:  # never fired: one empty bin
+    threshold = np.array(0.0)
+    if overlap.active.shape[-1]:
+        threshold = specificity.precision_recall(cards.overlap(feature, p, CHOOSE)).best_threshold
+    else:  # never fired: one empty bin
         overlap = specificity.Overlap(
             np.array([0.0, 1.0]), *np.zeros((4, 1)), tokens=overlap.tokens, members=overlap.members
         )
@@ -284,7 +295,8 @@ def scores(cards: Cards, feature: int, p: int) -> dict:
         "expected": _or_zero(spec.expected),
         "recall": float(inside) / max(1, int(overlap.members)),
         "average_precision": float(curve.average_precision),
-        "best_f1": float(curve.best_f1),
+        "f1": float(specificity.f1(overlap, threshold)),
+        "f1_threshold": float(threshold),
         "bins": {
             "edges": overlap.edges.tolist(),
             "inside": overlap.inside.astype(int).tolist(),
