@@ -266,7 +266,7 @@ def test_effects_of_windows_are_those_of_the_model_without_the_feature(modelled)
     for example, change in zip(cards.top(feature, 5), found, strict=True):
         begin = example.position // 31 * 31
         first, last = text.first[example.document : example.document + 2]
-        ids = [tokenizer.bos_token_id, *text.ids[first + begin : min(first + begin + 31, last)]]
+        ids = [tokenizer.bos_token_id, *text.ids[first + begin : min(first + begin + 31, last)].tolist()]
         batch = torch.tensor([ids])
         mlp = model.transformer.h[0].mlp
 
