@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 from fastsae.analysis import AnalyzeConfig
+from fastsae.analysis.contributions import Contributions
 from fastsae.analysis.steering import Steering
 from fastsae.cli_analysis import explain, match, serve, split, steer
+from fastsae.cli_effects import attribute, automata
 from fastsae.errors import FastSAEError
 from fastsae.estimate import Estimate
 from fastsae.evaluate import EvalConfig
@@ -234,6 +236,8 @@ VERBS: dict[str, Callable[..., dict | Estimate | Steering]] = {
     "steer": steer,
     "match": match,
     "split": split,
+    "automata": automata,
+    "attribute": attribute,
     "serve": serve,
     "explain": explain,
     "estimate": estimate,
@@ -296,7 +300,7 @@ def _parsed(verbs: dict[str, Any], argv: Sequence[str]) -> Callable[[], Any]:
         raise
 
 
-def _print_result(result: dict | Estimate | Steering, as_json: bool) -> None:
+def _print_result(result: dict | Contributions | Estimate | Steering, as_json: bool) -> None:
     if not isinstance(result, dict):
         if not as_json:
             print(result)
@@ -341,7 +345,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _again(argv: Sequence[str]) -> str:
     """How to go on with a verb that was stopped."""
-    if argv[:1] in (["eval"], ["analyze"], ["steer"], ["match"], ["split"], ["serve"], ["estimate"]):
+    over = ("eval", "analyze", "steer", "match", "split", "serve", "estimate", "automata", "attribute")
+    if argv[:1] and argv[0] in over:
         return "the same command starts over"
     resume = "" if argv[:1] == ["demo"] else " with --resume"
     return f"the same command{resume} goes on from here"

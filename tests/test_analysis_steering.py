@@ -65,7 +65,6 @@ def test_the_edit_acts_on_cached_tokens_too(model: Any, hook: str, temperature: 
 def test_special_tokens_stay_untouched_with_a_cache_too():
     """Of prefix and text written; () edits them as well."""
     hook, end = "transformer.h.0", 0
-    sae = sae_for(GPT, hook, token_ids())
     prefix = torch.tensor([end, 85, 70, end, 85])
     model = copy.deepcopy(GPT)
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())

@@ -156,7 +156,7 @@ def agreement(
     """Attribution to the loss against ablation, each at one token: `count` drawn at random of all active entries.
 
     token_ids: [B, T]. feature: only entries of this one. keep: [B, T] bool, tokens to draw from, of those that are not
-    special. The last token of a context predicts nothing here and is left out. One forward pass a sample, in batches.
+    special. A context's last token, padding aside, predicts nothing here and is left out. One forward pass a sample, in batches.
     Raises TooFewError when fewer than three entries are active.
     """
     found = attribution(sae, model, hook, token_ids, special=special)
@@ -164,7 +164,7 @@ def agreement(
     B, T = token_ids.shape
     code = found.code
     on = (code.valid() & (code.values != 0)).view(B, T, -1)
-    on[:, -1] = False
+    usual &= usual.int().flip(1).cumsum(1).flip(1) - usual.int() > 0  # with something behind it to be predicted
     on &= (usual if keep is None else usual & keep.cpu()).to(on.device)[..., None]
     if feature is not None:
         on &= (code.indices == feature).view(B, T, -1)
@@ -174,7 +174,8 @@ def agreement(
     drawn = torch.randperm(len(entries), generator=torch.Generator().manual_seed(seed))[:count]
     n, slot = entries[drawn.sort().values.to(entries.device)].T
     features, values = code.indices[n, slot].long(), code.values[n, slot]
-    measured = _ablated_at(sae, model, hook, token_ids, usual, n, features, values, batch_size)
+    counted = ordinary(model, token_ids, special)
+    measured = _ablated_at(sae, model, hook, token_ids, counted, n, features, values, batch_size)
     predicted = -found.contribution[n, slot].double().cpu().numpy()
     return Agreement(
         predicted=predicted,

@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 from fastsae.analysis.ablation import losses
-from fastsae.analysis.effects import Edit, FeatureEdit, Mode, feature_values, only_at, ordinary, set_features, special_ids
+from fastsae.analysis.effects import (
+    Edit,
+    FeatureEdit,
+    Mode,
+    feature_values,
+    only_at,
+    ordinary,
+    set_features,
+    special_ids,
+)
 from fastsae.analysis.stream import Source, device_of, evaluating, read
 from fastsae.contexts import model_limits
 from fastsae.errors import FastSAEError
@@ -146,7 +155,8 @@ def steer(
 
     The edits act on every token, those of the prompt included, but not on the tokenizer's special ones, on which no
     dictionary was trained: after an empty prompt they act from the first token written. Keys and values are cached, and
-    those in the cache are of edited tokens. Only tokens that the tokenizer has are written. watch: called after every token that all continuations have got; what it raises ends the writing.
+    those in the cache are of edited tokens. Only tokens that the tokenizer has are written. watch: called after every
+    token that all continuations have got; what it raises ends the writing.
     Raises FastSAEError: features that the dictionary does not have, no such module, a tokenizer of another model, an
     empty prompt for a tokenizer without begin-of-text token, a value under which the model's output is not finite.
     """

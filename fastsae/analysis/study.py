@@ -215,7 +215,7 @@ class Study:
         }
 
     def _agreement(self, feature: int, ids: Tensor, special: tuple[int, ...]) -> dict | None:
-        """Attribution against ablation at tokens of contexts [B, T] drawn at random of those where the feature fires."""
+        """Attribution against ablation at tokens of contexts [B, T], drawn at random where the feature fires."""
         sae, model, hook = self.known.source
         try:
             found = attribution.agreement(
