@@ -95,6 +95,7 @@ def split(
 
     proxies(categories)  # a name that means nothing is told before the hours of text
     given = {"saes": [str(sae) for sae in saes], "model": model, "hook": hook, "text": text}
+    given |= {"categories": categories} if categories else {}
     claim_folder(out, "split", {**given, "split": asdict(config)}, resume=True)
     network, tokenizer = load_model(model)
     documents = corpus.load(text, "heldout", text_field)

@@ -127,7 +127,8 @@ def test_logit_weights_over_a_padding_row_of_zeros():
     ids = torch.randint(2, 97, (3, 9), generator=torch.Generator().manual_seed(0))
     ids[:, 0] = 0
     for name, options in more.items():
-        config = CONFIG_MAPPING[name](
+        make: Any = CONFIG_MAPPING[name]
+        config = make(
             **sizes, **options, vocab_size=97, max_position_embeddings=64, pad_token_id=0, bos_token_id=0,
             eos_token_id=1,
         )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,14 +66,15 @@ def test_of_contexts_drawn_from_documents():
 
 def test_what_cannot_be_meant():
     sae = sae_for(GPT, HOOK, token_ids())
-    for message, arguments in (
+    cases: list[tuple[str, Any]] = [
         ("from 0 to 29, got 30", {"features": (30,), "prompts": ("the cat",)}),
         ("none comes twice", {"features": (3, 3)}),
         ("places must be at least 3", {"places": 2}),
         ("no token to be predicted", {"prompts": ("",)}),
         ("at most 64 tokens", {"prompts": ("cat" * 30,)}),
         ("no document fills a context of 60", {"documents": ["the cat"], "context": 60}),
-    ):
+    ]
+    for message, arguments in cases:
         with pytest.raises(FastSAEError, match=message):
             contributions(sae, GPT, TOKENIZER, HOOK, **arguments)
     with pytest.raises(FastSAEError, match="several lengths"):

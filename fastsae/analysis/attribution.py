@@ -156,7 +156,8 @@ def agreement(
     """Attribution to the loss against ablation, each at one token: `count` drawn at random of all active entries.
 
     token_ids: [B, T]. feature: only entries of this one. keep: [B, T] bool, tokens to draw from, of those that are not
-    special. A context's last token, padding aside, predicts nothing here and is left out. One forward pass a sample, in batches.
+    special. A context's last token, padding aside, predicts nothing here and is left out. One forward pass a sample, in
+    batches.
     Raises TooFewError when fewer than three entries are active.
     """
     found = attribution(sae, model, hook, token_ids, special=special)

@@ -159,7 +159,7 @@ class Automaton:
         return out
 
     def to_dict(self, cycle_length: int = 4, spelled: Callable[[int], str] | None = None) -> dict[str, Any]:
-        """Ready for JSON: nodes, edges, steps and cycles. spelled: token id → its text, which then stands beside ids."""
+        """Ready for JSON: nodes, edges, steps and cycles. spelled: token id → its text, to stand beside the ids."""
 
         def spelt(token: int) -> dict[str, str]:
             return {} if spelled is None or token < 0 else {"text": spelled(token)}

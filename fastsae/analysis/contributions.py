@@ -135,7 +135,10 @@ def contributions(
     if bad := [f for f in config.features if not 0 <= f < sae.cfg.d_sae]:
         raise FastSAEError(f"features must be numbers from 0 to {sae.cfg.d_sae - 1}, got {bad[0]}")
     find_module(model, hook)
-    ids = _of_prompts(model, tokenizer, config.prompts) if config.prompts else _drawn(model, tokenizer, documents, config)
+    if config.prompts:
+        ids = _of_prompts(model, tokenizer, config.prompts)
+    else:
+        ids = _drawn(model, tokenizer, documents, config)
     special = special_ids(model, tokenizer)
     keep = ordinary(model, ids, special)
     found = [attribution(sae, model, hook, part, special=special) for part in ids.split(config.batch_size)]
