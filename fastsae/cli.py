@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 from fastsae.analysis import AnalyzeConfig
+from fastsae.analysis.contributions import Contributions
 from fastsae.analysis.steering import Steering
 from fastsae.cli_analysis import explain, match, serve, split, steer
+from fastsae.cli_effects import attribute, automata
 from fastsae.errors import FastSAEError
 from fastsae.estimate import Estimate
 from fastsae.evaluate import EvalConfig
@@ -246,6 +248,8 @@ VERBS: dict[str, Callable[..., dict | Estimate | Steering]] = {
     "steer": steer,
     "match": match,
     "split": split,
+    "automata": automata,
+    "attribute": attribute,
     "serve": serve,
     "explain": explain,
     "estimate": estimate,
@@ -308,7 +312,7 @@ def _parsed(verbs: dict[str, Any], argv: Sequence[str]) -> Callable[[], Any]:
         raise
 
 
-def _print_result(result: dict | Estimate | Steering, as_json: bool) -> None:
+def _print_result(result: dict | Contributions | Estimate | Steering, as_json: bool) -> None:
     if not isinstance(result, dict):
         if not as_json:
             print(result)

@@ -92,6 +92,7 @@ def split(
     out: Path,
     config: OnOneLevel[SplitConfig],
     hook: str = MLP_HOOK,
+    categories: tuple[str, ...] = (),
     text: str = "builtin",
     text_field: str = "text",
 ) -> dict:
@@ -104,15 +105,21 @@ def split(
         model: Folder or hub name of the causal LM they were trained on.
         out: New folder, or one that this same command made: split.json, map.json and map.png.
         hook: Module path they were trained on.
+        categories: Categories of text, as of analyze; the map is then also coloured by the one that each feature
+            follows best (map-categories.png), which takes a second pass over the text.
         text: builtin, a text file, a .jsonl file, a folder of those, or hf:NAME; its held-out documents are used.
         text_field: Field of a JSONL line or dataset row that holds the text.
     """
     from fastsae import corpus
     from fastsae.analysis import splitting
+    from fastsae.analysis.follows import follows
+    from fastsae.analysis.proxies import proxies
     from fastsae.analysis.reading import pass_file
     from fastsae.analysis.stream import Source
 
+    proxies(categories)  # a name that means nothing is told before the hours of text
     given = {"saes": [str(sae) for sae in saes], "model": model, "hook": hook, "text": text}
+    given |= {"categories": categories} if categories else {}
     claim_folder(out, "split", {**given, "split": asdict(config)}, resume=True)
     network, tokenizer = load_model(model)
     documents = corpus.load(text, "heldout", text_field)
@@ -120,7 +127,13 @@ def split(
     sources = [Source(sae, network, hook) for sae in dictionaries]
     found = splitting.read_split(sources, tokenizer, documents, config, out=out, resume=True).result()
     found.save(out / "split.json")
-    splitting.draw_map(found, [sae.W_dec for sae in dictionaries], out)
+    followed = None
+    if categories:
+        followed = follows(
+            sources, tokenizer, documents, categories, context=config.context, batch_size=config.batch_size,
+            max_tokens=config.tokens,
+        )  # fmt: skip
+    splitting.draw_map(found, [sae.W_dec for sae in dictionaries], out, follows=followed)
     pass_file(out, "split").unlink(missing_ok=True)  # not before the map, which may fail for want of a package
     steps = {f"children, {a} to {b}": row["mean_children"] for a, b, row in found.steps()}
     return {"tokens": found.tokens, **steps, "split": str(out / "split.json"), "map": str(out / "map.png")}

@@ -185,6 +185,41 @@ def feature_map(
     figure.savefig(path)
 
 
+def category_map(
+    points: Any, category: Any, r: Any, names: Any, path: Path, *, layers: Any = None, clusters: Any = None,
+    least: float = 0.2,
+) -> None:  # fmt: skip
+    """Features in the plane, points [M, 2] coloured by the category [M] that each follows best, a number in names.
+
+    r: [M], its correlation with it: those below `least` are grey. layers, clusters: as in feature_map.
+    """
+    import matplotlib
+    import numpy as np
+
+    points, category, r = np.asarray(points, dtype=float), np.asarray(category), np.asarray(r, dtype=float)
+    layers = np.zeros(len(points), dtype=int) if layers is None else np.asarray(layers)
+    size = np.zeros(len(points))
+    for layer in np.unique(layers):
+        size[layers == layer] = min(60.0, max(3.0, 5000 / (layers == layer).sum()))
+    figure, axes = _figure(5.2)
+    none = ~(r >= least)
+    axes.scatter(*points[none].T, c=LINE, s=size[none], alpha=0.25, linewidths=0, label=f"none, r < {least:g}")
+    colors = matplotlib.colormaps["tab20" if len(names) > 10 else "tab10"].colors  # type: ignore[attr-defined]
+    for p in [p for p in range(len(names)) if ((category == p) & ~none).any()]:
+        here = (category == p) & ~none
+        axes.scatter(
+            *points[here].T, color=colors[p % len(colors)], s=size[here], alpha=0.9, linewidths=0.4,
+            edgecolors="white", label=f"{names[p]}, {here.sum()}",
+        )  # fmt: skip
+    if clusters is not None:
+        _number_clusters(axes, points, np.asarray(clusters))
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set_visible(False)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
+    figure.savefig(path)
+
+
 def _number_clusters(axes: Any, points: Any, clusters: Any, count: int = 10) -> None:
     """The numbers of the largest clusters, at the medians of their points."""
     import numpy as np

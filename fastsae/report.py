@@ -304,7 +304,16 @@ def _ablation_part(row: dict) -> str:
         f"<p>Set to zero, it changes the loss by {_number(a['inside'], '+.3f')} nats per token on {a['tokens_inside']:,} "
         f"tokens inside the category, by {_number(a['beside'], '+.3f')} on the others of the same contexts, by "
         f"{_number(a['outside'], '+.4f')} in contexts without it, and by {_number(a['top'], '+.2f')} after the 20 strongest "
-        "activations.</p>"
+        f"activations.{_agreement(a.get('agreement'))}</p>"
+    )
+
+
+def _agreement(found: dict | None) -> str:
+    if not found:
+        return ""
+    return (
+        f" At {found['places']} single tokens gradient × activation foretells that with r "
+        f"{_number(found['pearson'], '.2f')}, and its sign at {found['same_sign']:.0%} of them."
     )
 
 

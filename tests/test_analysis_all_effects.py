@@ -225,6 +225,54 @@ def test_an_ablation_by_hand():
     np.testing.assert_allclose(ablation(sae, model, HOOK, [ids[0]], [7])[0][1:], wanted.detach(), rtol=1e-3, atol=1e-5)
 
 
+def beginning_feature(sae: SAE, model: Any, hook: str, ids: Tensor) -> int:
+    """A feature that fires at the begin-of-text token, made to."""
+    x = activations(model, hook, ids)[0, 0]
+    with torch.no_grad():
+        sae.encoder.weight[3] = 2 * (x - x.mean()) / x.norm()
+    f = sae.encode(activations(model, hook, ids))[..., 3]
+    assert f[:, 0].min() > 10
+    return 3
+
+
+@pytest.mark.parametrize(("model", "hook"), CASES[1:3])
+def test_begin_of_text_is_neither_edited_nor_counted(model: Any, hook: str):
+    ids = token_ids()
+    ids[1, 20] = 0  # an end of text within
+    sae = sae_for(model, hook, ids)
+    feature = beginning_feature(sae, model, hook, ids)
+    x = activations(model, hook, ids)
+    f = sae.encode(x)[..., feature].detach() * (ids != 0)
+
+    def nll(x: Tensor) -> np.ndarray:
+        logits = _logits64(model, hook, ids, lambda _: x)
+        return -logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0].numpy()
+
+    wanted = (nll(x - f[..., None] * sae.W_dec[feature].detach() / 1.3) - nll(x)) * (ids[:, 1:] != 0).numpy()
+    found = np.stack(ablation(sae, model, hook, list(ids), [feature] * 5))
+    np.testing.assert_allclose(found[:, 1:], wanted, rtol=1e-3, atol=2e-5)
+    assert found[1, 20] == 0
+    everywhere = np.stack(ablation(sae, model, hook, list(ids), [feature] * 5, special=()))
+    assert not np.allclose(everywhere[:, 1], found[:, 1], atol=0.01)  # the token behind the first
+    given = np.stack(ablation(sae, model, hook, list(ids), [feature] * 5, special=[int(ids[0, 1])]))
+    assert not np.allclose(given, everywhere)
+
+    attributed = attribution(sae, model, hook, ids)
+    assert not any(value for row, t in ((0, 0), (1, 20)) for _, value in attributed.at(row, t))
+    assert any(value for _, value in attribution(sae, model, hook, ids, special=()).at(0, 0))
+    predicted = (ids[:, 1:] != 0).numpy()
+    assert attributed.target == pytest.approx(float((nll(x) * predicted).sum()), rel=1e-4)
+    places = agreement(sae, model, hook, ids, count=10**6)
+    assert not (ids[places.contexts, places.positions] == 0).any()
+    assert (agreement(sae, model, hook, ids, count=10**6, special=()).positions == 0).any()
+    i = int(np.flatnonzero(places.contexts == 1)[0])
+    cut = x.clone()
+    position, other = int(places.positions[i]), int(places.features[i])
+    value = sae.encode(x)[1, position, other].detach()
+    cut[1, position] -= value * sae.W_dec[other].detach() / 1.3
+    assert places.measured[i] == pytest.approx(float(((nll(cut) - nll(x)) * predicted)[1].sum()), abs=1e-3)
+
+
 def test_ablation_runs_the_threshold_of_evaluation():
     ids = token_ids(4)
     sae = sae_for(GPT, HOOK, ids, activation="batchtopk")
@@ -317,6 +365,7 @@ def test_agreement_of_attribution_and_ablation():
     results: Any = [test(found.predicted, found.measured) for test in (stats.pearsonr, stats.spearmanr)]
     assert [found.pearson, found.spearman] == pytest.approx([result.statistic for result in results])
     assert found.spearman > 0.3
+    assert found.same_sign == pytest.approx(np.mean(found.predicted * found.measured > 0))
     assert found.positions.max() < 39
     keep = torch.zeros_like(ids, dtype=torch.bool)
     keep[:, 7] = True

@@ -1,5 +1,6 @@
 """Ablation, pinning and logit weights against the model put together by hand from its parts."""
 
+import copy
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastsae.analysis import effects
+from fastsae.analysis.steering import continuations
 from tests.analysis_case import HOOK, case, contexts, documents
 
 SAE, MODEL, TOKENIZER = case()
@@ -19,13 +21,15 @@ def ids() -> Tensor:
     return torch.tensor(rows[:6])
 
 
-def by_hand(token_ids: Tensor, edit) -> Tensor:
-    """Logits [B, T, V] of the one-layer model with edit(neurons [B, T, 24]) in the place of its neurons."""
+def by_hand(token_ids: Tensor, edit, bos: bool = False) -> Tensor:
+    """Logits [B, T, V] of the one-layer model with edit(neurons [B, T, 24]) in the place of its neurons; bos: also of
+    the first token's."""
     net, block = MODEL.transformer, MODEL.transformer.h[0]
     stream = net.wte(token_ids) + net.wpe(torch.arange(token_ids.shape[1]))
     stream = stream + block.attn(block.ln_1(stream))[0]
     x = block.mlp.c_fc(block.ln_2(stream)).relu()
-    return MODEL.lm_head(net.ln_f(stream + block.mlp.c_proj(edit(x))))
+    edited = edit(x) if bos else torch.cat([x[:, :1], edit(x)[:, 1:]], dim=1)
+    return MODEL.lm_head(net.ln_f(stream + block.mlp.c_proj(edited)))
 
 
 def active(x: Tensor) -> Tensor:
@@ -39,6 +43,10 @@ def test_setting_a_feature_moves_along_its_direction(ids: Tensor):
         direction = SAE.W_dec[FEATURE] / 1.7  # the SAE works on 1.7 x
         wanted = by_hand(ids, lambda x, to=to, d=direction: x + (to - active(x))[..., None] * d)
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+        everywhere = effects.logits(MODEL, HOOK, ids, effects.set_feature(SAE, FEATURE, to), special=())
+        wanted = by_hand(ids, lambda x, to=to, d=direction: x + (to - active(x))[..., None] * d, bos=True)
+        torch.testing.assert_close(everywhere, wanted, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(found[:, 0], everywhere[:, 0], atol=1e-2)
     assert active(torch.zeros(3, 24)).shape == (3,)
     torch.testing.assert_close(effects.logits(MODEL, HOOK, ids), by_hand(ids, lambda x: x), rtol=1e-4, atol=1e-4)
 
@@ -82,7 +90,7 @@ def test_logit_weights_are_the_derivative(ids: Tensor):
     direction = SAE.W_dec[FEATURE].detach() / 1.7
 
     def along(t: Tensor) -> Tensor:
-        return by_hand(ids, lambda x: x + t * direction).flatten(0, 1).mean(0)
+        return by_hand(ids, lambda x: x + t * direction)[:, 1:].flatten(0, 1).mean(0)
 
     slope = torch.autograd.functional.jvp(along, torch.zeros(()), torch.ones(()))[1]
     assert isinstance(slope, Tensor)
@@ -115,6 +123,38 @@ def test_sampling_past_the_longest_context_goes_on():
     prefix = torch.full((60,), 70)
     _, ids = effects.sample(MODEL, HOOK, prefix, None, tokens=10, count=1, members=torch.ones(257))
     assert ids.shape == (1, 10)  # the model reads 64
+
+
+def test_special_tokens_are_the_tokenizers_or_the_configs():
+    from types import SimpleNamespace
+
+    assert effects.special_ids(MODEL) == effects.special_ids(MODEL, TOKENIZER) == (0,)
+    config = SimpleNamespace(bos_token_id=None, eos_token_id=[7, 5], pad_token_id=3)
+    assert effects.special_ids(SimpleNamespace(config=config)) == (3, 5, 7) and effects.special_ids(object()) == ()
+    ids = torch.tensor([[3, 4, 5]])
+    assert effects.ordinary(SimpleNamespace(config=config), ids).tolist() == [[False, True, False]]
+    assert effects.ordinary(SimpleNamespace(config=config), ids, special=()).all()
+    assert effects.ordinary(MODEL, ids, special=[4]).tolist() == [[True, False, True]]
+
+
+def test_what_the_head_has_beyond_the_tokenizer_is_never_written():
+    """Entries 200 … 256 are padding of the head here, and the likeliest."""
+    prefix = torch.tensor([0, 80, 90])
+    loud = copy.deepcopy(MODEL)
+    loud.lm_head.weight = torch.nn.Parameter(loud.lm_head.weight.detach().clone())
+    with torch.no_grad():
+        loud.lm_head.weight[200:] *= 30
+    share, ids = effects.sample(loud, HOOK, prefix, None, tokens=20, count=4, members=torch.ones(200))
+    assert share == pytest.approx(1, abs=1e-5) and int(ids.max()) < 200
+    _, ids = effects.sample(loud, HOOK, prefix, None, tokens=20, count=4, members=torch.ones(257))
+    assert int(ids.max()) >= 200
+    options: dict = {"tokens": 20, "count": 4, "temperature": 0}
+    for vocabulary, low in ((200, True), (None, False)):
+        generator = torch.Generator().manual_seed(0)
+        ids = continuations(loud, HOOK, prefix, None, generator=generator, vocabulary=vocabulary, **options)
+        assert (int(ids.max()) < 200) == low
+    share, _ = effects.sample(MODEL, HOOK, prefix, None, tokens=2, count=1, members=torch.ones(300))
+    assert share == pytest.approx(1, abs=1e-5)  # a head narrower than the tokenizer
 
 
 def test_nothing_is_left_on_the_model(ids: Tensor):

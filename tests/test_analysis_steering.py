@@ -1,5 +1,6 @@
 """Steering against whole texts run again without a cache, on GPT-2 and on Llama."""
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -58,6 +59,31 @@ def test_the_edit_acts_on_cached_tokens_too(model: Any, hook: str, temperature: 
     )  # fmt: skip
     assert torch.equal(found, without_cache(model, hook, prefix, edit, 30, temperature, 4))
     assert not torch.equal(found, without_cache(model, hook, prefix, None, 30, temperature, 4))
+
+
+@torch.no_grad()
+def test_special_tokens_stay_untouched_with_a_cache_too():
+    """Of prefix and text written; () edits them as well."""
+    hook, end = "transformer.h.0", 0
+    prefix = torch.tensor([end, 85, 70, end, 85])
+    model = copy.deepcopy(GPT)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.lm_head.weight[end] *= 3  # texts end often
+    seen: list[Tensor] = []
+    handle = model.get_submodule("transformer.h.1").register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    try:
+        for special, untouched in ((None, True), ((), False)):
+            seen.clear()
+            ids = continuations(
+                model, hook, prefix, lambda x: torch.full_like(x, 7.0), tokens=30, count=3, temperature=1.0,
+                generator=torch.Generator().manual_seed(1), special=special,
+            )  # fmt: skip
+            edited = (torch.cat(seen, dim=1) == 7).all(-1)
+            whole = torch.cat([prefix.repeat(3, 1), ids], dim=1)[:, :-1]
+            assert (whole[:, 5:] == end).any() or not untouched
+            assert torch.equal(edited, (whole != end) | (not untouched))
+    finally:
+        handle.remove()
 
 
 def test_a_text_may_outgrow_the_longest_context():

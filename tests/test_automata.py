@@ -131,7 +131,7 @@ def test_an_automaton_is_json(tmp_path):
     run().save(tmp_path / "automaton.json")
     values = json.loads((tmp_path / "automaton.json").read_text())
     assert [0, 1, 2] in values["cycles"] and len(values["nodes"]) == 7
-    assert {"source", "target", "probability", "excess", "logit", "strength"} == set(values["edges"][0])
+    assert {"source", "target", "probability", "excess", "logit", "strength", "token"} == set(values["edges"][0])
 
 
 def test_bad_input_is_one_line():
@@ -146,3 +146,14 @@ def test_bad_input_is_one_line():
         with pytest.raises(FastSAEError, match=message) as caught:
             action()
         assert "\n" not in str(caught.value)
+
+
+def test_the_token_between_two_features():
+    """The one that the first makes likelier and on which the second fires; it is spelt where that is asked for."""
+    found = run()
+    between = {(e.source, e.target): e.token for e in found.edges}
+    for source, target in ((0, 1), (1, 2), (2, 0), (3, 3), (4, 5)):
+        assert between[source, target] == IDS[target]
+    written = found.to_dict(spelled=lambda token: f"<{token}>")
+    assert all(edge["text"] == f"<{edge['token']}>" for edge in written["edges"])
+    assert written["nodes"][0]["step"]["text"] == f"<{IDS[1]}>"

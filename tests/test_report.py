@@ -184,6 +184,17 @@ def test_shading_follows_the_activation(tmp_path):
     assert strength["9.50"] > strength["3.00"] > strength["1.00"] > 0
 
 
+def test_the_agreement_of_attribution_with_ablation_is_told_where_it_is_known(tmp_path):
+    case = results()
+    case["categories"] = [category()]
+    assert "foretells" not in Page(report.write(case, tmp_path / "without").read_text(encoding="utf-8")).text
+    for r, shown in ((-0.5, "with r −0.50,"), (None, "with r –,")):
+        agreement = {"pearson": r, "spearman": 0.4, "same_sign": 0.9, "places": 64}
+        case["categories"][0]["ablation"]["agreement"] = agreement
+        page = Page(report.write(case, tmp_path / str(r)).read_text(encoding="utf-8")).text
+        assert f"At 64 single tokens gradient × activation foretells that {shown} and its sign at 90% of them." in page
+
+
 @pytest.mark.parametrize("part", ["ablation", "pinning", "match", "logits"])
 def test_missing_parts_are_left_out(tmp_path, part):
     case = results()

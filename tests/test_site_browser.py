@@ -301,3 +301,22 @@ def test_a_file_that_was_not_copied_is_named(browser, report, tmp_path):
     page = reader.go("#/feature/3")
     assert "data/cards-0.js is missing" in page.inner_text("[role=alert]")
     reader.context.close()
+
+
+def test_the_map_is_coloured_by_cluster_density_or_category(reader: Reader, facts: Facts):
+    page = reader.go("#/")
+    reader.draw_all()
+    pictures = []
+    for name in ("cluster", "density", "category"):
+        page.select_option("#map-colour", name)
+        pictures.append(page.evaluate("document.querySelector('canvas.map').toDataURL()"))
+        assert page.locator(".clusters .tag").count() > 0
+    assert len(set(pictures)) == 3
+    columns = data.feature_map(facts)
+    assert columns is not None and facts.best_proxy[7] == columns["category"][7]
+    followed = sum(r is not None and r >= 0.2 for r in columns["r"])
+    told = [int(text.rsplit(": ", 1)[1]) for text in page.locator(".clusters .tag").all_inner_texts()]
+    assert sum(told) == followed
+    page.locator(".clusters .tag").first.click()
+    page.wait_for_selector("#proxy")
+    assert page.locator("#proxy").input_value() in facts.cards.survey.proxies

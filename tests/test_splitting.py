@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from fastsae import figures
+from fastsae.analysis.follows import follows
 from fastsae.analysis.splitting import Split, SplitConfig, Splitting, map_of, split
 from fastsae.analysis.stream import Source
+from fastsae.analysis.text import scoring_half
 from fastsae.codes import SparseCode
 from fastsae.errors import FastSAEError
 from fastsae.sae import SAE
@@ -186,7 +188,8 @@ def test_the_verb_writes_graph_and_map(tmp_path, capsys):
     SAE(d_in=24, d_sae=60, activation="relu", seed=3).save_pretrained(tmp_path / "wide")
     texts = [{"text": f"{text} {i}"} for i, text in enumerate(case.documents() * 9)]
     (tmp_path / "text.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
-    argv = ["split", "--saes", str(tmp_path / "narrow"), str(tmp_path / "wide"), "--model", str(tmp_path / "lm")]
+    argv = ["split", "--categories", "Arabic", "DNA"]
+    argv += ["--saes", str(tmp_path / "narrow"), str(tmp_path / "wide"), "--model", str(tmp_path / "lm")]
     argv += ["--hook", case.HOOK, "--text", str(tmp_path / "text.jsonl"), "--context", "33", "--out"]
     capsys.readouterr()
     assert cli.main([*argv, str(tmp_path / "out"), "--json"]) == 0
@@ -196,3 +199,31 @@ def test_the_verb_writes_graph_and_map(tmp_path, capsys):
     drawn = json.loads((tmp_path / "out" / "map.json").read_text())
     assert len(drawn["points"]) == sum(int((part > 0).sum()) for part in found.density) == len(drawn["density"])
     assert (tmp_path / "out" / "map.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out" / "map-categories.png").read_bytes().startswith(b"\x89PNG")
+    assert drawn["categories"] == ["Arabic", "DNA"]
+    assert len(drawn["category"]) == len(drawn["r"]) == len(drawn["points"])
+
+
+def test_which_category_a_feature_follows():
+    """Chosen on one half of the documents and scored on the other, against numpy on all activations."""
+    sae, model, tokenizer = case.case()
+    wide = SAE(d_in=24, d_sae=60, activation="relu", seed=3)
+    texts, hook = case.documents(30), case.HOOK
+    found = follows(
+        [Source(sae, model, hook), Source(wide, model, hook)], tokenizer, texts, ("Arabic", "Latin"), context=33,
+        batch_size=7, show_progress=False,
+    )  # fmt: skip
+    x = case.neurons(model, case.contexts(tokenizer, texts, 33))
+    half = np.array([h for text, h in zip(texts, scoring_half(texts), strict=True) for _ in text.encode()])
+    arabic = np.array([c > "\u0590" for text in texts for c in text for _ in c.encode()])
+    latin = np.array([c.isascii() and c.isalpha() for text in texts for c in text for _ in c.encode()])
+    assert found.names == ("Arabic", "Latin")
+    for dictionary, best, r in zip((sae, wide), found.best, found.r, strict=True):
+        f = dictionary.eval().encode(x).detach().double().numpy()
+        for j in range(f.shape[1]):
+            if min(np.ptp(f[half, j]), np.ptp(f[~half, j])) < 1e-9:
+                continue
+            scores = [np.corrcoef(f[~half, j], member[~half])[0, 1] for member in (arabic, latin)]
+            assert best[j] == int(np.argmax(scores))
+            member = (arabic, latin)[int(best[j])]
+            assert float(r[j]) == pytest.approx(np.corrcoef(f[half, j], member[half])[0, 1], abs=1e-6)

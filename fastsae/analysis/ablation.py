@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastsae.analysis.effects import ordinary
 from fastsae.analysis.stream import device_of, encoded, evaluating
 from fastsae.codes import SparseCode
 from fastsae.errors import FastSAEError
@@ -29,8 +30,12 @@ def ablation(
     features: Sequence[int],
     *,
     batch_size: int = 16,
+    special: Sequence[int] | None = None,
 ) -> list[np.ndarray]:
     """Change of each token's NLL, nats, when a feature is set to 0 over its whole context: x − f d.
+
+    special: ids of the tokens at which nothing is edited and whose own loss is not counted, their entries being 0:
+    as `effects` has them, () for none.
 
     contexts: R arrays of token ids [T_r], from their begin-of-text token on: what a token's loss is depends on all that
     stands before it. features: R. The result has R arrays [T_r]; the first token has no prediction and 0. Contexts that
@@ -51,7 +56,7 @@ def ablation(
         for begin in range(0, len(texts), batch_size):
             group = texts[begin : begin + batch_size]
             members = [(row, r) for row, text in enumerate(group) for r in pairs[text]]
-            _ablate(sae, model, hook, group, members, features, batch_size, result)
+            _ablate(sae, model, hook, group, members, features, batch_size, special, result)
     return result
 
 
@@ -63,6 +68,7 @@ def _ablate(
     members: list[tuple[int, int]],
     features: Sequence[int],
     batch_size: int,
+    special: Sequence[int] | None,
     result: list[np.ndarray],
 ) -> None:
     """members: (row of texts, number of the pair). Writes into result."""
@@ -71,9 +77,10 @@ def _ablate(
     x = activations(model, hook, ids)
     code = encoded(sae, x, hook)
     raw = losses(model, hook, ids)
+    keep = ordinary(model, ids, special)
     run: list[tuple[int, int, Tensor]] = []
     for row, r in members:
-        f = values_in(code, features[r], row, len(texts[row]))
+        f = values_in(code, features[r], row, len(texts[row])) * keep[row, : len(texts[row])].to(x.device)
         if bool((f != 0).any()):
             run.append((row, r, f))
     for begin in range(0, len(run), batch_size):
@@ -83,7 +90,7 @@ def _ablate(
         for i, (_, r, f) in enumerate(part):
             d = sae.W_dec[features[r]] / sae.input_scale
             edited[i, : len(f)] -= (f[:, None] * d).to(edited.dtype)
-        change = (losses(model, hook, ids[rows], edited) - raw[rows]).numpy()
+        change = ((losses(model, hook, ids[rows], edited) - raw[rows]) * keep[rows, 1:]).numpy()
         for i, (row, r, _) in enumerate(part):
             result[r][1:] = change[i, : len(texts[row]) - 1]
 

@@ -8,7 +8,7 @@ Axes: n tokens, F features, S features that are states, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,7 +71,8 @@ class Edge(NamedTuple):
 
     probability: P(target fires on the next token | source fires on this one). excess: that less P(target fires), over
     tokens that have one before them. logit: the source's mean logit weight on the tokens on which the target fires, in
-    standard deviations of its logit weights over the vocabulary. strength: excess · logit.
+    standard deviations of its logit weights over the vocabulary. strength: excess · logit. token: the id that stands
+    between them, the one with the largest part in logit.
     """
 
     source: int
@@ -80,6 +81,7 @@ class Edge(NamedTuple):
     excess: float
     logit: float
     strength: float
+    token: int = -1
 
 
 class Step(NamedTuple):
@@ -156,22 +158,26 @@ class Automaton:
             out.setdefault(edge.source, []).append(edge)
         return out
 
-    def to_dict(self, cycle_length: int = 4) -> dict[str, Any]:
-        """Ready for JSON: nodes, edges, steps and cycles."""
+    def to_dict(self, cycle_length: int = 4, spelled: Callable[[int], str] | None = None) -> dict[str, Any]:
+        """Ready for JSON: nodes, edges, steps and cycles. spelled: token id → its text, to stand beside the ids."""
+
+        def spelt(token: int) -> dict[str, str]:
+            return {} if spelled is None or token < 0 else {"text": spelled(token)}
+
         return {
             "tokens": self.tokens,
             "sampled": self.sampled,
             "nodes": [
-                {"feature": f, "fires": n, "step": self.steps[f]._asdict()}
+                {"feature": f, "fires": n, "step": self.steps[f]._asdict() | spelt(self.steps[f].token)}
                 for f, n in zip(self.features.tolist(), self.fires.tolist(), strict=True)
             ],
-            "edges": [edge._asdict() for edge in self.edges],
+            "edges": [edge._asdict() | spelt(edge.token) for edge in self.edges],
             "cycles": self.cycles(cycle_length),
         }
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, spelled: Callable[[int], str] | None = None) -> None:
         """Writes to_dict() as JSON."""
-        write_json(Path(path), self.to_dict())
+        write_json(Path(path), self.to_dict(spelled=spelled))
 
 
 def _mean_strength(path: Sequence[Edge]) -> float:
@@ -275,13 +281,14 @@ class Transitions:
             w = weights.of_features(self.source.sae, states[rows]).cpu().double()
             w = _of_vocabulary(w, len(shares))
             spread = w.std(1, keepdim=True).clamp(min=1e-12)
-            edges += self._edges(rows, live, states, (w @ shares) / spread)
+            edges += self._edges(rows, live, states, w / spread, shares)
             steps |= self._steps(rows, states, w, on_token.cpu())
         edges.sort(key=lambda edge: -edge.strength)
         return Automaton(self.n, self.sampled, states, self.fires[live].long().cpu(), tuple(edges), steps)
 
-    def _edges(self, rows: Tensor, live: Tensor, states: Tensor, logit: Tensor) -> list[Edge]:
-        """Of the states at `rows`; logit: [rows, S]."""
+    def _edges(self, rows: Tensor, live: Tensor, states: Tensor, w: Tensor, shares: Tensor) -> list[Edge]:
+        """Of the states at `rows`; w: [rows, V], their logit weights in standard deviations; shares: [V, S]."""
+        logit = w @ shares  # [rows, S]
         pairs = self.pairs[live[rows.to(live.device)]][:, live].cpu()
         probability = pairs / self.followed[live].cpu()[rows].clamp(min=1)[:, None]
         excess = probability - self.preceded[live].cpu() / max(self.links, 1)
@@ -293,7 +300,8 @@ class Transitions:
             for value, j in zip(best.values[i].tolist(), best.indices[i].tolist(), strict=True):
                 if value > 0:
                     numbers = (float(probability[i, j]), float(excess[i, j]), float(logit[i, j]), value)
-                    found.append(Edge(int(states[rows[i]]), int(states[j]), *numbers))
+                    between = int((w[i] * shares[:, j]).argmax())
+                    found.append(Edge(int(states[rows[i]]), int(states[j]), *numbers, between))
         return found
 
     def _steps(self, rows: Tensor, states: Tensor, w: Tensor, on_token: Tensor) -> dict[int, Step]:

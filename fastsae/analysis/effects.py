@@ -2,6 +2,10 @@
 
 For one feature at a time; all features' logit weights are in `logit_map`, many ablations in `ablation`, gradients in
 `attribution`, texts in `steering`. Axes: B contexts, T tokens, D width of the hooked output, V vocabulary.
+
+Special tokens (begin and end of text, padding) are left alone: no dictionary is harvested there, and what its features
+do at a begin-of-text token, whose norm is often a hundred times that of others, means nothing. `special` names their
+ids: by default those of `special_ids(model)`, better a tokenizer's all_special_ids; () leaves no token out.
 """
 
 from collections.abc import Callable, Sequence
@@ -59,9 +63,33 @@ def feature_values(sae: SAE, x: Tensor, features: int | Sequence[int]) -> Tensor
     return found[:, 0].reshape(x.shape[:-1]) if one else found.reshape(*x.shape[:-1], len(wanted))
 
 
+def special_ids(model: Any, tokenizer: Any = None) -> tuple[int, ...]:
+    """The tokenizer's special tokens; without one those that the model's config names: begin and end of text, padding,
+    separator."""
+    if tokenizer is not None:
+        return tuple(sorted(tokenizer.all_special_ids))
+    config, found = getattr(model, "config", None), set()
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id"):
+        value = getattr(config, name, None)
+        found.update(value if isinstance(value, list | tuple) else () if value is None else (value,))
+    return tuple(sorted(found))
+
+
+def ordinary(model: Any, token_ids: Tensor, special: Sequence[int] | None = None) -> Tensor:
+    """Which of token_ids are not special: bool of the same shape, on the CPU. special: as this module has it."""
+    ids = torch.tensor(special_ids(model) if special is None else tuple(special), dtype=torch.int64)
+    return ~torch.isin(token_ids.cpu(), ids)
+
+
+def only_at(edit: Edit, keep: Tensor) -> Edit:
+    """The edit at the tokens that keep [B, T] marks; others stay as they are."""
+    return lambda x: torch.where(keep.to(x.device)[..., None], edit(x).to(x.dtype), x)
+
+
 def set_features(sae: SAE, edits: Sequence[FeatureEdit]) -> Edit:
     """Several edits at once: x + Σ_pinned (value − f) d + Σ_added value · d, all f read from the unedited x.
 
+    It acts on every row of x; what runs a model with it here and in `steering` leaves special tokens out (`only_at`).
     What the dictionary leaves unexplained of x stays as it is. Raises FastSAEError for a feature that the dictionary
     does not have, or one that is edited twice.
     """
@@ -84,12 +112,12 @@ def set_features(sae: SAE, edits: Sequence[FeatureEdit]) -> Edit:
 
 
 def set_feature(sae: SAE, feature: int, to: float) -> Edit:
-    """The edit that sets one feature to a value at every token: x + (to − f) d. `to` = 0 ablates it."""
+    """The edit that sets one feature to a value: x + (to − f) d. `to` = 0 ablates it."""
     return set_features(sae, [FeatureEdit(feature, to)])
 
 
 def set_neuron(neuron: int, to: float) -> Edit:
-    """The edit that sets one coordinate of the hooked output at every token."""
+    """The edit that sets one coordinate of the hooked output."""
 
     def edit(x: Tensor) -> Tensor:
         x = x.clone()
@@ -100,49 +128,69 @@ def set_neuron(neuron: int, to: float) -> Edit:
 
 
 @torch.no_grad()
-def logits(model: Any, hook: str, token_ids: Tensor, edit: Edit | None = None) -> Tensor:
-    """The model's logits [B, T, V] in float32, with the hooked output edited."""
-    with replace(model, hook, edit) if edit else nullcontext():
+def logits(
+    model: Any, hook: str, token_ids: Tensor, edit: Edit | None = None, special: Sequence[int] | None = None
+) -> Tensor:
+    """The model's logits [B, T, V] in float32, with the hooked output edited at all tokens but the special ones.
+
+    V is the width of the model's head, which may be padded beyond the tokenizer's vocabulary.
+    """
+    with replace(model, hook, only_at(edit, ordinary(model, token_ids, special))) if edit else nullcontext():
         return model(token_ids.to(next(model.parameters()).device), use_cache=False).logits.float()
 
 
-def token_losses(model: Any, hook: str, token_ids: Tensor, edit: Edit | None = None) -> Tensor:
-    """Negative log-likelihood in nats of every token given those before it, [B, T − 1]."""
-    out = logits(model, hook, token_ids, edit)[:, :-1]
+def token_losses(
+    model: Any, hook: str, token_ids: Tensor, edit: Edit | None = None, special: Sequence[int] | None = None
+) -> Tensor:
+    """Negative log-likelihood in nats of every token given those before it, [B, T − 1]. special: not edited."""
+    out = logits(model, hook, token_ids, edit, special)[:, :-1]
     targets = token_ids[:, 1:].to(out.device)
     return torch.nn.functional.cross_entropy(out.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
 
-def logit_weights(model: Any, hook: str, sae: SAE, feature: int, token_ids: Tensor, step: float) -> Tensor:
+def logit_weights(
+    model: Any, hook: str, sae: SAE, feature: int, token_ids: Tensor, step: float, special: Sequence[int] | None = None
+) -> Tensor:
     """Change of every logit per unit of activation, averaged over the tokens given [B, T] and median-shifted: [V].
+    special: neither edited nor averaged over.
 
     A finite difference of size `step`, so that whatever stands between hook and logits (down projection, later blocks,
     final norm) is taken as it is. For the MLP of a one-layer model this is the paper's d_i · W_down · W_unembed with
     the norm's scale averaged over tokens.
     """
     d = direction(sae, feature)
-    change = (
-        logits(model, hook, token_ids, lambda x: x + step * d.to(x.dtype)) - logits(model, hook, token_ids)
-    ) / step
-    mean = change.flatten(0, 1).mean(0)
+    edited = logits(model, hook, token_ids, lambda x: x + step * d.to(x.dtype), special)
+    keep = ordinary(model, token_ids, special).to(edited.device)
+    mean = ((edited - logits(model, hook, token_ids))[keep] / step).mean(0)
     return (mean - mean.median()).cpu()
 
 
 @torch.no_grad()
 def sample(
-    model: Any, hook: str, prefix: Tensor, edit: Edit | None, *, tokens: int, count: int, members: Tensor, seed: int = 0
+    model: Any,
+    hook: str,
+    prefix: Tensor,
+    edit: Edit | None,
+    *,
+    tokens: int,
+    count: int,
+    members: Tensor,
+    seed: int = 0,
+    special: Sequence[int] | None = None,
 ) -> tuple[float, Tensor]:
-    """Samples `count` continuations of prefix [T] at temperature 1 with the hooked output edited at every token.
+    """Samples `count` continuations of prefix [T] at temperature 1 with the hooked output edited.
 
-    members: [V], how much of each token belongs to the category. Returns (the mean over all sampled positions of the
-    probability that the model gave the category, token ids [count, tokens]). The edit acts on prefix and continuation.
+    members: [V], how much of each token of the tokenizer belongs to the category; what the model's head has beyond it
+    is never written, and has no probability. Returns (the mean over all sampled positions of the probability that the
+    model gave the category, token ids [count, tokens]). The edit acts on prefix and continuation, special tokens of
+    either left out: where the prefix is a begin-of-text token alone, it acts from the first token written.
     """
     generator = torch.Generator().manual_seed(seed)
     ids = prefix.repeat(count, 1)
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", None) or 10**9
     share = 0.0
     for _ in range(tokens):
-        p = logits(model, hook, ids[:, -limit:], edit)[:, -1].softmax(-1).cpu()
-        share += float((p @ members).mean()) / tokens
+        p = logits(model, hook, ids[:, -limit:], edit, special)[:, -1, : len(members)].softmax(-1).cpu()
+        share += float((p @ members[: p.shape[1]]).mean()) / tokens
         ids = torch.cat([ids, torch.multinomial(p, 1, generator=generator)], dim=1)
     return share, ids[:, len(prefix) :]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastsae.analysis.checkpoint import Arrays
 from fastsae.analysis.cross import FeatureSums, add_products, cosine, entries, joined, load_joined, row_blocks
+from fastsae.analysis.follows import Follows
 from fastsae.analysis.reading import check_rank, pass_file, read_into
 from fastsae.analysis.stream import Read, Source
 from fastsae.codes import SparseCode
@@ -363,17 +364,32 @@ def map_of(
     return FeatureMap(layer, torch.cat(numbers).numpy(), points, np.asarray(clusters, dtype=np.int64))
 
 
-def draw_map(found: Split, decoders: Sequence[Tensor], out: Path, seed: int = 0) -> FeatureMap:
+def draw_map(
+    found: Split, decoders: Sequence[Tensor], out: Path, seed: int = 0, follows: Follows | None = None
+) -> FeatureMap:
     """Writes out/map.json and out/map.png: the features that fire, coloured by density, clusters numbered.
 
-    decoders: [F, D] of each dictionary of `found`. Raises as map_of.
+    decoders: [F, D] of each dictionary of `found`. follows: which category each of their features follows best; then
+    out/map-categories.png is coloured by it as well, and map.json tells it of every feature. Raises as map_of.
     """
     from fastsae import figures
 
     figures.require_matplotlib()
     drawn = map_of(decoders, [part > 0 for part in found.density], seed=seed)
     density = np.concatenate([part[part > 0].numpy() for part in found.density])
-    write_json(out / "map.json", {**drawn.to_dict(), "density": density.tolist()})
+    written = {**drawn.to_dict(), "density": density.tolist()}
+    if follows is not None:
+        live = [part > 0 for part in found.density]
+        best, r = (
+            np.concatenate([part[mask].numpy() for part, mask in zip(column, live, strict=True)])
+            for column in (follows.best, follows.r)
+        )
+        written |= {"categories": list(follows.names), "category": best.tolist(), "r": r.tolist()}
+        figures.category_map(
+            drawn.points, best, r, follows.names, out / "map-categories.png", layers=drawn.layer,
+            clusters=drawn.clusters,
+        )  # fmt: skip
+    write_json(out / "map.json", written)
     label = "share of tokens on which the feature fires"
     figures.feature_map(
         drawn.points, density, label, out / "map.png", layers=drawn.layer, clusters=drawn.clusters, log=True

@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 from fastsae.analysis.ablation import losses
-from fastsae.analysis.effects import Edit, FeatureEdit, Mode, feature_values, set_features
+from fastsae.analysis.effects import (
+    Edit,
+    FeatureEdit,
+    Mode,
+    feature_values,
+    only_at,
+    ordinary,
+    set_features,
+    special_ids,
+)
 from fastsae.analysis.stream import Source, device_of, evaluating, read
 from fastsae.contexts import model_limits
 from fastsae.errors import FastSAEError
@@ -30,7 +39,7 @@ class SteerConfig:
     features: tuple[int, ...] = ()
     """Features to edit, all in the same text."""
     mode: Mode = "pin"
-    """pin: set to the value at every token. add: add the value. ablate: set to 0."""
+    """pin: set to the value at every token but special ones. add: add the value. ablate: set to 0."""
     multiple: float = 1.0
     """The value, as a multiple of the feature's maximum, which is measured on text first."""
     value: float | None = None
@@ -144,8 +153,10 @@ def steer(
 ) -> list[Steered]:
     """Continuations of each prompt without and with the edits, from the same random numbers.
 
-    The edits act on every token, those of the prompt included; keys and values are cached, and those in the cache are
-    of edited tokens. watch: called after every token that all continuations have got; what it raises ends the writing.
+    The edits act on every token, those of the prompt included, but not on the tokenizer's special ones, on which no
+    dictionary was trained: after an empty prompt they act from the first token written. Keys and values are cached, and
+    those in the cache are of edited tokens. Only tokens that the tokenizer has are written. watch: called after every
+    token that all continuations have got; what it raises ends the writing.
     Raises FastSAEError: features that the dictionary does not have, no such module, a tokenizer of another model, an
     empty prompt for a tokenizer without begin-of-text token, a value under which the model's output is not finite.
     """
@@ -161,7 +172,7 @@ def steer(
                 generator = torch.Generator().manual_seed(seed + number)
                 ids = continuations(
                     model, hook, begin, change, tokens=tokens, count=samples, temperature=temperature,
-                    generator=generator, watch=watch,
+                    generator=generator, watch=watch, vocabulary=len(tokenizer), special=special_ids(model, tokenizer),
                 )  # fmt: skip
                 sides.append(_texts(model, hook, tokenizer, begin, ids))
             found.append(Steered(prompt, *sides))
@@ -180,8 +191,13 @@ def continuations(
     temperature: float,
     generator: torch.Generator,
     watch: Callable[[], None] | None = None,
+    vocabulary: int | None = None,
+    special: Sequence[int] | None = None,
 ) -> Tensor:
-    """`count` continuations of prefix [T], [count, tokens], with the hooked output edited at every token.
+    """`count` continuations of prefix [T], [count, tokens], with the hooked output edited at all but special tokens.
+
+    vocabulary: entries of the tokenizer, where the model's head may be padded beyond them: ids from there on are not
+    written. special: ids of special tokens, as `effects` has them; () for none.
 
     An edit looks at one token at a time, so keys and values computed under it stay right for later tokens. A text that
     outgrows the model's longest context goes on without cache, on the last tokens that the model can read.
@@ -190,17 +206,18 @@ def continuations(
     device, name = device_of(model), _cache_name(model)
     ids = prefix.repeat(count, 1)
     past: Any = None
-    with replace(model, hook, edit) if edit else nullcontext():
-        for _ in range(tokens):
-            cached = name is not None and ids.shape[1] <= limit
-            if past is None or not cached:  # the whole text: the first time, and always where nothing is cached
-                out = model(ids[:, -limit:].to(device), use_cache=cached)
-            else:
-                out = model(ids[:, -1:].to(device), use_cache=True, **{str(name): past})
-            past = getattr(out, str(name), None) if cached else None
-            ids = torch.cat([ids, _next(out.logits[:, -1].float().cpu(), temperature, generator)], dim=1)
-            if watch is not None:
-                watch()
+    for _ in range(tokens):
+        cached = name is not None and ids.shape[1] <= limit
+        whole = past is None or not cached  # the first time, and always where nothing is cached
+        run, options = (ids[:, -limit:], {}) if whole else (ids[:, -1:], {str(name): past})
+        keep = ordinary(model, run, special)
+        with replace(model, hook, only_at(edit, keep)) if edit else nullcontext():
+            out = model(run.to(device), use_cache=cached, **options)
+        past = getattr(out, str(name), None) if cached else None
+        logits = out.logits[:, -1, :vocabulary].float().cpu()
+        ids = torch.cat([ids, _next(logits, temperature, generator)], dim=1)
+        if watch is not None:
+            watch()
     return ids[:, len(prefix) :]
 
 

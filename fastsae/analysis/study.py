@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsae.analysis import effects, specificity
+from fastsae.analysis import attribution, effects, specificity
 from fastsae.analysis.cards import Cards
 from fastsae.analysis.evidence import CHOOSE, SCORE
 from fastsae.analysis.examples import Example
@@ -30,6 +30,7 @@ from fastsae.hooks import activations
 
 PREFIXES = ("", "\n", "1, 2, 3, 4, 5, 6, 7, 8, 9, 10,")  # neutral: nothing, a new line, and the paper's count to ten
 LEAST = 20  # tokens of a category in each half, for it to be reported
+AGREEMENT = 64  # places at which attribution is held against ablation, a forward pass each
 
 
 class Known(NamedTuple):
@@ -191,38 +192,57 @@ class Study:
         """ΔNLL in nats per token when the feature is set to 0 over whole contexts; None if none has the category.
 
         inside: on tokens of the category; beside: on the others of the contexts that hold such tokens; outside: on
-        contexts that hold none; top: after the 20 strongest activations, begin-of-text tokens and their like aside.
+        contexts that hold none; top: after the 20 strongest activations. Special tokens are neither edited nor counted.
+        agreement: of attribution with ablation at single tokens (`attribution.agreement`); None where too few fire.
         """
         sae, model, hook = self.known.source
         with_it, without = self.known.held_out.split(p)
         if not len(with_it):
             return None
+        special = effects.special_ids(model, self.known.tokenizer)
         chosen = torch.cat([with_it, without])
         edit = effects.set_feature(sae, feature, 0.0)
         change, strength = [], []
         for part in chosen.split(self.how.batch_size):
             ids = self.known.held_out.ids[part]
             raw = effects.token_losses(model, hook, ids)
-            change.append((effects.token_losses(model, hook, ids, edit) - raw).cpu())
+            change.append((effects.token_losses(model, hook, ids, edit, special) - raw).cpu())
             with torch.no_grad():
                 strength.append(effects.feature_values(sae, activations(model, hook, ids), feature)[:, :-1].cpu())
         delta, member = torch.cat(change), self.known.held_out.inside[chosen][:, 1:, p]
+        keep = effects.ordinary(model, self.known.held_out.ids[chosen], special)
         near = torch.arange(len(chosen))[:, None].expand_as(member) < len(with_it)
-        special = self.known.held_out.special[chosen][:, :-1]
-        places = (~special).flatten().nonzero().flatten()
-        top = places[torch.cat(strength).flatten()[places].topk(min(20, len(places))).indices]
+        counted, before = keep[:, 1:], keep[:, :-1] & keep[:, 1:]  # before: an ordinary token, and one behind it
+        member = member & counted
+        place = torch.cat(strength).masked_fill(~before, -1.0).flatten()
+        top = place.topk(min(20, int(before.sum()))).indices
         return {
             "inside": float(delta[member].mean()),
-            "beside": _mean(delta[near & ~member]),
-            "outside": _mean(delta[~near]),
-            "top": float(delta.flatten()[top].mean()),
+            "beside": _mean(delta[near & counted & ~member]),
+            "outside": _mean(delta[~near & counted]),
+            "top": _mean(delta.flatten()[top]),
             "tokens_inside": int(member.sum()),
-            "tokens_beside": int((near & ~member).sum()),
-            "tokens_outside": int((~near).sum()),
+            "tokens_beside": int((near & counted & ~member).sum()),
+            "tokens_outside": int((~near & counted).sum()),
+            "agreement": self._agreement(feature, self.known.held_out.ids[with_it], special),
         }
 
+    def _agreement(self, feature: int, ids: Tensor, special: tuple[int, ...]) -> dict | None:
+        """Attribution against ablation at tokens of contexts [B, T], drawn at random where the feature fires."""
+        sae, model, hook = self.known.source
+        try:
+            found = attribution.agreement(
+                sae, model, hook, ids, feature=feature, count=AGREEMENT, batch_size=self.how.batch_size,
+                seed=self.how.seed, special=special,
+            )  # fmt: skip
+        except attribution.TooFewError:
+            return None
+        numbers = {name: _finite(getattr(found, name)) for name in ("pearson", "spearman", "same_sign")}
+        return {**numbers, "places": len(found.measured)}
+
     def _pinning(self, feature: int, neuron: int, highest: float, p: int) -> dict:
-        """Share of probability on the category while sampling from neutral prefixes, untouched and pinned."""
+        """Share of probability on the category while sampling from neutral prefixes, untouched and pinned; special
+        tokens stay untouched. The share is of the tokenizer's entries, to which a wider head is cut."""
         sae, model, hook = self.known.source
         members, tokenizer = self.known.held_out.members[:, p], self.known.tokenizer
         neuron_max = float(self.cards.survey.neuron_max[neuron])
@@ -233,6 +253,7 @@ class Study:
         }
         result: dict[str, Any] = {"value": highest, "neuron_value": neuron_max, "prefix": list(PREFIXES), "samples": {}}
         start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        special = effects.special_ids(model, tokenizer)
         for name, edit in edits.items():
             shares, texts = [], []
             for number, prefix in enumerate(PREFIXES):
@@ -242,7 +263,7 @@ class Study:
                     continue
                 share, sampled = effects.sample(
                     model, hook, begin, edit, tokens=self.how.sample_tokens, count=self.how.samples,
-                    members=members, seed=self.how.seed + number,
+                    members=members, seed=self.how.seed + number, special=special,
                 )  # fmt: skip
                 shares.append(share)
                 texts.append("".join(readable([self.known.bytes_of[i] for i in sampled[0].tolist()])))
@@ -255,7 +276,7 @@ class Study:
             return None
         V = len(self.known.bytes_of)
         weights = self.known.logits.of_features(self.known.source.sae, torch.tensor([feature]))[0, :V].cpu()
-        member = self.known.held_out.members[:, p] > 0.5
+        member = self.known.held_out.members[: len(weights), p] > 0.5
         edges = torch.linspace(float(weights.min()), float(weights.max()), 41)
         counts = [torch.histogram(part, edges).hist.int().tolist() for part in (weights[member], weights[~member])]
         order = weights.argsort(descending=True)

@@ -317,7 +317,27 @@ def feature_map(facts: Facts) -> dict[str, Any] | None:
         "cluster": found.clusters.tolist(),
         "names": _cluster_names(facts),
         "here": facts.layer_of_map,
+        "categories": {str(p): name for p, name in enumerate(facts.cards.survey.proxies)},
+        **_map_colours(facts),
     }
+
+
+def _map_colours(facts: Facts) -> dict[str, list[Any]]:
+    """Of every point its density, the category it follows best and r with it; None where not known: of the other
+    dictionaries only densities are."""
+    assert facts.map is not None
+    densities: dict[int, np.ndarray] = {facts.layer_of_map: facts.cards.density()}
+    if facts.split is not None:
+        densities = {n: part.numpy() for n, part in enumerate(facts.split.density)} | densities
+    names, density, category, r = facts.cards.survey.proxies, [], [], []
+    for layer, f in zip(facts.map.layer.tolist(), facts.map.feature.tolist(), strict=True):
+        density.append(short(densities[layer][f]) if layer in densities else None)
+        known = bool(names) and layer == facts.layer_of_map
+        p = int(facts.best_proxy[f]) if known else -1
+        score = float(facts.pearson[SCORE][f, p]) if known else math.nan
+        category.append(p if math.isfinite(score) else None)
+        r.append(short(score) if math.isfinite(score) else None)
+    return {"density": density, "category": category, "r": r}
 
 
 def _cluster_names(facts: Facts) -> dict[str, str]:

@@ -189,6 +189,7 @@ def window_effects(
     batch_size: int = 16,
 ) -> dict[int, list[np.ndarray]]:  # fmt: skip
     """ΔNLL, nats, of every token of each feature's top n windows when the feature is set to 0 over their contexts.
+    The tokenizer's special tokens are not edited, and 0 is told of them.
 
     text: what the survey was made from. The cost is that of a forward pass for every window.
     """
@@ -204,7 +205,10 @@ def window_effects(
             owners.append(feature)
             begin = len(lead) + example.position - start - example.at
             places.append(slice(begin, begin + len(example.token_ids)))
-    changes = ablation(source.sae, source.model, source.hook, contexts, owners, batch_size=batch_size)
+    changes = ablation(
+        source.sae, source.model, source.hook, contexts, owners, batch_size=batch_size,
+        special=tokenizer.all_special_ids,
+    )  # fmt: skip
     found: dict[int, list[np.ndarray]] = {feature: [] for feature in features}
     for feature, place, change in zip(owners, places, changes, strict=True):
         found[feature].append(change[place])

@@ -5,14 +5,24 @@ fastsae.map = () => {
   const { h, columns, charts, tip } = fastsae;
   // Okabe and Ito's colours, which stay apart for everybody; clusters beyond eight share them and lie apart anyway.
   const hues = ["#e69f00", "#56b4e9", "#009e73", "#d0b000", "#0072b2", "#d55e00", "#cc79a7", "#7a6fd0"];
+  const twelve = [...hues, "#8c5a2b", "#00a5a5", "#8a8a00", "#e7298a"];  // categories are told apart by colour alone
+  const ramp = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]];  // viridis
+  const LEAST = 0.2;  // r below which a feature is said to follow no category
   const canvas = h("canvas", { class: "map", tabindex: 0, role: "application", "aria-label": "Map of features; arrow keys move between them, Enter opens one" });
   const about = h("p", { class: "soft" });
-  const place = h("figure", null, canvas, about, h("p", { class: "clusters" }));
-  let it, mine, view, chosen = -1;
+  const by = h("select", { id: "map-colour" }, ["cluster", "density", "category"].map((name) => h("option", { value: name }, name)));
+  const place = h("figure", null, h("div", { class: "controls" }, h("div", null, h("label", { for: "map-colour" }, "colour by"), by)),
+    canvas, about, h("p", { class: "clusters" }));
+  let it, mine, view, low, high, chosen = -1;
 
   charts.when(place, async () => {
     it = await columns("map");
     mine = it.layer.map((layer) => layer === it.here);
+    const logs = (it.density ?? []).filter((d) => d > 0).map(Math.log10);
+    low = logs.reduce((a, b) => Math.min(a, b), Infinity); high = logs.reduce((a, b) => Math.max(a, b), -Infinity);
+    const known = { density: logs.length > 0, category: (it.category ?? []).some((p) => p !== null) };
+    for (const option of [...by.options]) if (known[option.value] === false) option.remove();
+    by.addEventListener("change", () => { legend(); draw(); });
     reset();
     canvas.addEventListener("wheel", (event) => {
       if (!event.ctrlKey) return;  // the page goes on scrolling where the map passes under the pointer; a pinch sends Ctrl
@@ -25,9 +35,22 @@ fastsae.map = () => {
     canvas.addEventListener("focus", () => { if (chosen >= 0) tell(); });
     new ResizeObserver(() => { if (canvas.isConnected) draw(); }).observe(canvas);
     addEventListener("themed", function themed() { if (canvas.isConnected) draw(); else removeEventListener("themed", themed); });
-    clusters();
+    legend();
     draw();
   });
+
+  /** The colour of a density, between the lowest and the highest on a logarithmic scale. */
+  function shade(log) {
+    const t = Math.max(0, Math.min(1, (log - low) / Math.max(high - low, 1e-9))) * (ramp.length - 1), k = Math.min(Math.floor(t), ramp.length - 2);
+    return `rgb(${ramp[k].map((from, n) => Math.round(from + (t - k) * (ramp[k + 1][n] - from))).join()})`;
+  }
+
+  /** A point's colour, null for grey. */
+  function hue(i) {
+    if (by.value === "density") return it.density[i] > 0 ? shade(Math.log10(it.density[i])) : null;
+    if (by.value === "category") return it.category[i] !== null && it.r[i] >= LEAST ? twelve[it.category[i] % twelve.length] : null;
+    return it.cluster[i] < 0 ? null : hues[it.cluster[i] % hues.length];
+  }
 
   function reset() {
     let x0 = Infinity, x1 = -Infinity, y0 = Infinity, y1 = -Infinity;
@@ -51,9 +74,9 @@ fastsae.map = () => {
     for (let i = 0; i < it.x.length; i++) {
       const x = sx(i), y = sy(i);
       if (x < -9 || y < -9 || x > w + 9 || y > height + 9) continue;
-      const c = it.cluster[i];
-      pen.globalAlpha = mine[i] ? (c < 0 ? 0.45 : 0.9) : 0.25;
-      pen.fillStyle = c < 0 ? grey : hues[c % hues.length];
+      const of = hue(i);
+      pen.globalAlpha = mine[i] ? (of === null ? 0.45 : 0.9) : 0.25;
+      pen.fillStyle = of ?? grey;
       if (it.x.length > 5000) pen.fillRect(x - size / 2, y - size / 2, size, size);
       else { pen.beginPath(); pen.arc(x, y, size / 2, 0, 7); pen.fill(); }
     }
@@ -64,10 +87,10 @@ fastsae.map = () => {
     }
   }
 
-  function zoom(by, x, y) {
-    const scale = Math.max(view.first / 2, Math.min(view.first * 200, view.scale * by));
-    by = scale / view.scale;
-    view = { ...view, scale, x: x - by * (x - view.x), y: y - by * (y - view.y) };
+  function zoom(times, x, y) {
+    const scale = Math.max(view.first / 2, Math.min(view.first * 200, view.scale * times));
+    times = scale / view.scale;
+    view = { ...view, scale, x: x - times * (x - view.x), y: y - times * (y - view.y) };
     draw();
   }
 
@@ -119,7 +142,13 @@ fastsae.map = () => {
 
   function tell() {
     const box = canvas.getBoundingClientRect();
-    tip.at(`feature ${it.feature[chosen]}${it.cluster[chosen] < 0 ? "" : ` · ${named(it.cluster[chosen])}`}`, box.left + sx(chosen), box.top + sy(chosen) - 6);
+    tip.at(`feature ${it.feature[chosen]}${said(chosen)}`, box.left + sx(chosen), box.top + sy(chosen) - 6);
+  }
+
+  function said(i) {
+    if (by.value === "density") return it.density[i] === null ? "" : ` · on ${fastsae.percent(it.density[i])} of tokens`;
+    if (by.value === "category") return it.category[i] === null ? "" : ` · ${it.categories[it.category[i]]}, r ${fastsae.fixed(it.r[i])}`;
+    return it.cluster[i] < 0 ? "" : ` · ${named(it.cluster[i])}`;
   }
 
   const named = (c) => it.names[c] ? `${it.names[c]} (cluster ${c})` : `cluster ${c}`;
@@ -151,17 +180,38 @@ fastsae.map = () => {
     return best;
   }
 
+  function swatch(colour) {
+    const made = h("span", { class: "swatch", "aria-hidden": "true" });
+    made.style.background = colour;
+    return made;
+  }
+
+  function legend() {
+    const many = fastsae.count(mine.filter(Boolean).length);
+    const others = mine.every(Boolean) ? "." : "; features of the other widths are drawn fainter.";
+    if (by.value === "density") {
+      about.textContent = `${many} features by the share of tokens on which they fire, on a logarithmic scale${others}`;
+      place.querySelector(".clusters").replaceChildren(...[0, 0.25, 0.5, 0.75, 1].flatMap((t) => {
+        const log = low + t * (high - low);
+        return [h("span", { class: "tag" }, swatch(shade(log)), fastsae.percent(10 ** log)), " "];
+      }));
+    } else if (by.value === "category") {
+      about.textContent = `${many} features by the category that each follows best, chosen on one half of the documents; grey: r below ${LEAST} on the other half${others}`;
+      const sizes = new Map();
+      it.category.forEach((p, i) => { if (mine[i] && hue(i) !== null) sizes.set(p, (sizes.get(p) ?? 0) + 1); });
+      place.querySelector(".clusters").replaceChildren(...[...sizes].sort((a, b) => b[1] - a[1]).flatMap(([p, n]) =>
+        [h("a", { class: "tag", href: `#/features?proxy=${encodeURIComponent(it.categories[p])}` }, swatch(twelve[p % twelve.length]), `${it.categories[p]}: ${fastsae.count(n)}`), " "]));
+    } else clusters();
+  }
+
   function clusters() {
     const sizes = new Map();
     it.cluster.forEach((c, i) => { if (c >= 0 && mine[i]) sizes.set(c, (sizes.get(c) ?? 0) + 1); });
     const largest = [...sizes].sort((a, b) => b[1] - a[1]).slice(0, 24);
     about.textContent = `${fastsae.count(mine.filter(Boolean).length)} features, ${fastsae.count(sizes.size)} clusters`
       + (mine.every(Boolean) ? "." : "; features of the other widths are drawn fainter.");
-    place.querySelector(".clusters").append(...largest.flatMap(([c, n]) => {
-      const swatch = h("span", { class: "swatch", "aria-hidden": "true" });
-      swatch.style.background = hues[c % hues.length];
-      return [h("a", { class: "tag", href: `#/features?cluster=${c}` }, swatch, `${named(c)}: ${fastsae.count(n)}`), " "];
-    }));
+    place.querySelector(".clusters").replaceChildren(...largest.flatMap(([c, n]) =>
+      [h("a", { class: "tag", href: `#/features?cluster=${c}` }, swatch(hues[c % hues.length]), `${named(c)}: ${fastsae.count(n)}`), " "]));
   }
 
   return place;

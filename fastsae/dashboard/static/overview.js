@@ -21,7 +21,7 @@ fastsae.page("overview", async (main) => {
         ]), { label: "Best feature of every category" })),
       section("How often features fire", densityNote(it.density), density(it.density))),
     it.has.map ? section("Map",
-      "Decoder rows in the plane (UMAP): what lies together points the same way. Colours are HDBSCAN’s clusters of this plane, grey is in none. " +
+      "Decoder rows in the plane (UMAP): what lies together points the same way. Clusters are HDBSCAN’s of this plane, grey is in none. " +
       "Drag or arrow keys to move, + and −, a pinch, or the wheel with Ctrl to zoom, click or Enter to open.", fastsae.map()) : "",
     it.has.split ? section("Splitting",
       "Features of narrower and wider dictionaries that fire together: what one feature holds in a small dictionary, several share in a large one.",
