@@ -1,8 +1,9 @@
 """Automated interpretability: explain features from examples, and score the explanations on text they have not seen."""
 
+from fastsae.analysis.explain.accounting import Accounting, Ledger
 from fastsae.analysis.explain.compare import Summary, compare
 from fastsae.analysis.explain.config import ExplainConfig, explainer_of
-from fastsae.analysis.explain.explainers import Accounting, Explainer, Explanation, OfflineExplainer
+from fastsae.analysis.explain.explainers import Explainer, Explanation, OfflineExplainer
 from fastsae.analysis.explain.pattern import Pattern
 from fastsae.analysis.explain.run import ExplainResult, explain, explain_features
 from fastsae.analysis.explain.search import SearchConfig, find_pattern
@@ -13,6 +14,7 @@ __all__ = [
     "ExplainResult",
     "Explainer",
     "Explanation",
+    "Ledger",
     "OfflineExplainer",
     "Pattern",
     "SearchConfig",
