@@ -10,8 +10,7 @@ from typing import Any
 
 _KINDS = {"INT": "a whole number", "FLOAT": "a number", "STR": "a text", "PATH": "a path"}
 _MANY = {"INT": "whole numbers", "FLOAT": "numbers", "STR": "texts", "PATH": "paths"}
-# Verbs that write into a folder, but begin anew in it.
-_START_OVER = ("analyze", "match", "split")
+_START_OVER = ("analyze",)  # writes into a folder, but begins anew in it
 
 
 def again(argv: Sequence[str], verbs: Mapping[str, Callable[..., Any]]) -> str:

@@ -5,7 +5,7 @@ from fastsae.analysis.explain.compare import Summary, compare
 from fastsae.analysis.explain.config import ExplainConfig, explainer_of
 from fastsae.analysis.explain.explainers import Explainer, Explanation, OfflineExplainer
 from fastsae.analysis.explain.pattern import Pattern
-from fastsae.analysis.explain.run import ExplainResult, explain, explain_features
+from fastsae.analysis.explain.run import ExplainResult, cache_in, explain, explain_features
 from fastsae.analysis.explain.search import SearchConfig, find_pattern
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Pattern",
     "SearchConfig",
     "Summary",
+    "cache_in",
     "compare",
     "explain",
     "explain_features",
