@@ -17,6 +17,7 @@ from fastsae.analysis.contributions import Contributions
 from fastsae.analysis.steering import Steering
 from fastsae.cli_analysis import explain, match, serve, split, steer
 from fastsae.cli_effects import attribute, automata
+from fastsae.cli_errors import again, one_line
 from fastsae.errors import FastSAEError
 from fastsae.estimate import Estimate
 from fastsae.evaluate import EvalConfig
@@ -26,6 +27,7 @@ from fastsae.inputs import load_model, load_sae, quiet
 from fastsae.lm import MLP_HOOK, LMConfig
 from fastsae.machines import GPUS
 from fastsae.recipe import Preset, TrainConfig
+from fastsae.visible import visible
 
 try:
     import tyro
@@ -293,7 +295,7 @@ def _later(verb: Callable[..., Any]) -> Callable[..., Callable[[], Any]]:
 def _parsed(verbs: dict[str, Any], argv: Sequence[str]) -> Callable[[], Any]:
     """The verb with its arguments, to be called.
 
-    Raises FastSAEError for options that cannot be meant, of which tyro itself would make a box of several lines.
+    Raises FastSAEError for a command that cannot be meant, of which tyro itself would make a box of several lines.
     """
     later = {name: _later(verb) for name, verb in verbs.items()}
     said = io.StringIO()
@@ -308,8 +310,9 @@ def _parsed(verbs: dict[str, Any], argv: Sequence[str]) -> Callable[[], Any]:
             cause = next((a for a in cause.args if isinstance(a, BaseException)), None) or cause.__context__
         if cause is not None:
             raise cause from None
-        sys.stderr.write(said.getvalue())
-        raise
+        if not stopped.code:  # --help
+            raise
+        raise FastSAEError(one_line(said.getvalue(), argv, list(verbs))) from None
 
 
 def _print_result(result: dict | Contributions | Estimate | Steering, as_json: bool) -> None:
@@ -348,23 +351,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            return _fail(f"the disk is full ({error.filename or 'writing'}): free some space; {_again(argv)}")
+            return _fail(f"the disk is full ({error.filename or 'writing'}): free some space; {again(argv, VERBS)}")
         return _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
     except KeyboardInterrupt:
-        print(f"\nfastsae: interrupted; {_again(argv)}", file=sys.stderr)
+        print(f"\nfastsae: interrupted; {again(argv, VERBS)}", file=sys.stderr)
         return 130
 
 
-def _again(argv: Sequence[str]) -> str:
-    """How to go on with a verb that was stopped."""
-    if argv[:1] in (["eval"], ["analyze"], ["steer"], ["serve"], ["estimate"]):
-        return "the same command starts over"
-    resume = "" if argv[:1] == ["demo"] else " with --resume"
-    return f"the same command{resume} goes on from here"
-
-
 def _fail(message: str) -> int:
-    print(f"fastsae: {' '.join(message.split())}", file=sys.stderr)
+    print(f"fastsae: {visible(' '.join(message.split()))}", file=sys.stderr)
     return 2
 
 

@@ -248,6 +248,9 @@ def explain(
     count: int = 50,
     tokens: int | None = 500_000,
     context: int = 128,
+    controls: bool = False,
+    control_sae: Path | None = None,
+    control_model: str | None = None,
     text: str = "builtin",
     text_field: str = "text",
 ) -> dict:
@@ -260,12 +263,16 @@ def explain(
     Args:
         sae: Folder of the dictionary (the run's folder or its sae/ folder).
         model: Folder or hub name of the causal LM it was trained on.
-        out: Folder for explain.json, the log and models' answers; the same command goes on there.
+        out: Folder for explain.json, the log, models' answers and what they cost; the same command goes on there.
         hook: Module path it was trained on.
         features: Numbers of the features; left out, some that fire often enough are drawn.
         count: How many are drawn.
         tokens: Held-out tokens to read.
         context: Tokens in a context, the begin-of-text token included.
+        controls: Explain as many neurons, random directions and misplaced features as well, in the same way. A score
+            is worth what it is above theirs.
+        control_sae: Dictionary of a model that has learnt nothing, for one more control.
+        control_model: That model: one with the weights of every matrix shuffled (fastsae.analysis.shuffled).
         text: builtin, a text file, a .jsonl file, a folder of those, or hf:NAME; its held-out documents are used.
         text_field: Field of a JSONL line or dataset row that holds the text.
     """
@@ -274,19 +281,47 @@ def explain(
     from fastsae.analysis.stream import Source
     from fastsae.analysis.survey import SurveyConfig
 
+    if (control_sae is None) != (control_model is None):
+        raise FastSAEError("control_sae and control_model go together, got one of them")
     given = {"sae": sae, "model": model, "hook": hook, "text": text, "tokens": tokens, "context": context}
     claim_folder(out, "explain", given, resume=True)
     network, tokenizer = load_model(model)
+    control = None
+    if control_sae is not None and control_model is not None:
+        other, words = load_model(control_model)
+        if words.get_vocab() != tokenizer.get_vocab():
+            raise FastSAEError(f"{model} and {control_model} must share a tokenizer: they read the same tokens")
+        control = Source(load_sae(control_sae), other, hook)
     documents = corpus.load(text, "heldout", text_field)
     found = explain_dictionary(
         Source(load_sae(sae), network, hook), tokenizer, documents, features, config,
-        SurveyConfig(categories=(), tokens=tokens, context=context, seed=config.seed), count=count, out=out,
+        SurveyConfig(categories=(), tokens=tokens, context=context, seed=config.seed), count=count,
+        controls=controls, control=control, out=out,
     )  # fmt: skip
     results = found["results"]["features"]
     said = {f"feature {r.feature}": f"{r.explanation or r.failed}  ({_score(r.spearman)})" for r in results}
-    means = {f"mean {name}": s.mean for name, s in found["summary"]["features"].items() if s.mean is not None}
-    failed = sum(r.failed is not None for r in results)
-    return {**said, **means, "explained": len(results), "failed": failed, "results": str(out / "explain.json")}
+    summary = {name: {k: asdict(s) for k, s in row.items()} for name, row in found["summary"].items()}
+    if len(summary) == 1:
+        means = {f"mean {name}": s["mean"] for name, s in summary["features"].items() if s["mean"] is not None}
+    else:
+        means = {f"{k}, {name}": _mean(row[k]) for k in summary["features"] for name, row in summary.items()}
+    every = [result for group in found["results"].values() for result in group]
+    failed = sum(r.failed is not None for r in every)
+    spent: dict = {}
+    if config.explainer != "offline":
+        names = {"requests": "requests", "prompt_tokens": "tokens asked", "completion_tokens": "tokens answered"}
+        names |= {"cost": "cost"} if config.prompt_price or config.completion_price else {}
+        for name, title in names.items():
+            spent |= {title: getattr(found["session"], name), f"{title}, all runs": getattr(found["accounting"], name)}
+    done = {"explained": len(every), "failed": failed, **spent, "results": str(out / "explain.json")}
+    return {**said, **means, **done, "summary": summary}
+
+
+def _mean(summary: dict) -> str:
+    if summary["mean"] is None:
+        return f"not scored, {summary['failed']} failed"
+    low, high = summary["mean_interval"]
+    return f"{summary['mean']:.2f}  (95 %: {low:.2f} to {high:.2f}, n = {summary['n']}, {summary['failed']} failed)"
 
 
 def _score(value: float | None) -> str:

@@ -7,6 +7,7 @@ ReLU, at the module path `MLP_HOOK` (width d_mlp).
 
 import json
 import math
+import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -174,8 +175,19 @@ def load(folder: str | Path) -> tuple[Any, Any]:
         model = AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto")
         return model.eval(), AutoTokenizer.from_pretrained(str(folder))
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise FastSAEError(f"expected a Hugging Face causal LM at {str(folder)!r}: {reason}") from None
+        raise FastSAEError(not_loaded(str(folder), error)) from None
+
+
+def not_loaded(name: str, error: Exception) -> str:
+    """Why no causal LM came of a name, on one line: a folder without one, no folder, or not on the hub either."""
+    reason = " ".join((str(error).strip() or type(error).__name__).splitlines()[0].split())
+    if Path(name).is_dir():
+        return f"expected a Hugging Face causal LM in the folder {name!r}: {reason}"
+    remedy = "give the folder of a causal LM, or its name on the Hugging Face hub"
+    if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) is None:
+        return f"there is no folder {name!r}: {remedy}"
+    tried = f"no causal LM of that name came from the hub or its cache ({reason})"
+    return f"there is no folder {name!r}, and {tried}: {remedy}"
 
 
 def _contexts(stream: Tensor, config: LMConfig, step: int, end_id: int) -> Tensor:

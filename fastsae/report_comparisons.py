@@ -166,7 +166,10 @@ def explained(results: Row) -> str:
         "<p>No language model was asked: a search for the smallest pattern of tokens and contexts reads examples from one "
         "half of the documents, and predicts activations on the other. Score: Spearman correlation over all tokens of 60 "
         "windows, as in the paper; detection and fuzzing are balanced accuracies, of which chance gets 0.5. A score is "
-        "worth what it is above the controls’.</p>"
+        "worth what it is above the controls’. Misplaced features, which keep their activations and fire on other tokens, "
+        "test the score itself: with nothing to explain it should be about 0. Random directions are no such zero, as a "
+        "projection of activations still follows tokens: they test what training the dictionary adds, neurons what "
+        "leaving the neuron basis adds.</p>"
         + table(("", "n", "score, mean", "95 %", "median", "weighted", "detection", "fuzzing"), rows)
         + details
     )

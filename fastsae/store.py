@@ -257,9 +257,11 @@ def _read_index(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise FastSAEError(f"there is no activation store at {path}: harvest one first")
     if not (path / INDEX).exists():  # written last: where it is, everything is
-        if (path / RUN_FILE).exists():
+        kind = _kind(path / RUN_FILE)
+        if kind == "store":
             raise FastSAEError(f"the store in {path} is unfinished: harvest again with the same options to resume it")
-        raise FastSAEError(f"{path} holds no activation store (no {INDEX}): harvest one first")
+        other = f"it is what fastsae made as {kind!r}" if kind else f"no {INDEX}"
+        raise FastSAEError(f"{path} holds no activation store ({other}): give the folder that a harvest wrote")
     try:
         index = json.loads((path / INDEX).read_text())
     except ValueError:
@@ -270,6 +272,16 @@ def _read_index(path: Path) -> dict[str, Any]:
             f"expected {FORMAT} up to version {VERSION}: harvest again, or update fastsae"
         )
     return index
+
+
+def _kind(marker: Path) -> str | None:
+    """Of the run that marked the folder; None without a mark. A damaged one stands in an unfinished store."""
+    if not marker.exists():
+        return None
+    try:
+        return str(json.loads(marker.read_text(encoding="utf-8"))["kind"])
+    except (ValueError, LookupError, TypeError):
+        return "store"
 
 
 def shard_name(number: int) -> str:

@@ -11,44 +11,26 @@ from typing import Any
 
 import pytest
 
-from fastsae.analysis.explain import ExplainConfig, explain, explain_features, explainer_of, prompts
-from fastsae.analysis.explain.chat import ReplyCache, Request
+from fastsae.analysis.explain import ExplainConfig, explain, explainer_of, prompts
+from fastsae.analysis.explain.chat import ReplyCache
 from fastsae.analysis.explain.endpoint import EndpointChat, EndpointConfig, read_key
-from fastsae.analysis.explain.explainers import Budget, FeatureFailed, Session, Stopped
+from fastsae.analysis.explain.explainers import Budget, Session, Stopped
 from fastsae.errors import FastSAEError
 from tests import explain_case
 from tests.chat_server import error, ok, oracle, serving
+from tests.endpoint_case import ASK, chat, config, features, three, without_keys
 
 pytest.importorskip("openai")
-ASK = Request([{"role": "user", "content": "hello"}], 10, 0.0, 0)
 
 
 @pytest.fixture(autouse=True)
 def no_key(monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.delenv("OPENAI_ADMIN_KEY", raising=False)
-    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    without_keys(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def pairs():
-    first, second = explain_case.halves(explain_case.RULES["script"])
-    return [(dataclasses.replace(first, feature=k), dataclasses.replace(second, feature=k)) for k in range(3)]
-
-
-def chat(url: str, **options: Any) -> EndpointChat:
-    settings: dict[str, Any] = {"backoff": 0.01, "retries": 3, "timeout": 5.0, **options}
-    return EndpointChat(EndpointConfig(model="m", endpoint=url, **settings))
-
-
-def config(url: str, **options: Any) -> ExplainConfig:
-    settings: dict[str, Any] = {"explainer": "endpoint", "explainer_model": "m", "endpoint": url, "backoff": 0.01}
-    settings |= options
-    return ExplainConfig(**settings)
-
-
-def features(pairs: Any, settings: ExplainConfig, out: Path | None) -> dict[str, Any]:
-    return explain_features({"a": pairs}, explain_case.bytes_of(), settings, out, show_progress=False)
+    return three()
 
 
 # --- the whole protocol --------------------------------------------------------------------------------------------
@@ -275,44 +257,6 @@ def test_an_endpoint_that_is_down_is_one_line_at_once(pairs):
     assert "\n" not in str(caught.value) and time.monotonic() - started < 10
 
 
-@pytest.mark.parametrize(
-    ("answer", "message"),
-    [
-        (error(401, "bad key"), "refused the key: .*check --api-key-file"),
-        (error(404, "model m does not exist"), "has no model 'm'.*check --explainer-model and --endpoint"),
-        (error(400, "unknown model"), "refused the request: .*unknown model.*check --explainer-model"),
-        (error(429, "pay", code="insufficient_quota"), "quota"),
-    ],
-)
-def test_what_no_retry_mends_is_one_line_at_once(answer, message):
-    with serving(then=lambda _: answer) as server:
-        with pytest.raises(FastSAEError, match=message) as caught:
-            chat(server.url).complete(ASK, Session())
-        assert len(server.seen) == 1
-    assert "\n" not in str(caught.value)
-
-
-def test_a_question_that_is_too_long_fails_its_feature_alone(pairs):
-    too_long = error(400, "this model's maximum context length is 10 tokens")
-    with serving(too_long) as server:
-        settings = config(server.url, concurrency=1)
-        results = explain(pairs, explainer_of(settings), explain_case.bytes_of(), settings, show_progress=False)
-    assert "context length" in str(results[0].failed) and results[1].failed is None and results[0].spearman is None
-
-
-def test_a_model_with_other_names_for_its_limits_is_met_halfway():
-    def picky(request: dict[str, Any]):
-        if "max_tokens" in request:
-            return error(400, "use 'max_completion_tokens' instead", param="max_tokens")
-        return error(400, "unsupported value", param="temperature") if "temperature" in request else ok("hi")
-
-    with serving(then=picky) as server:
-        talker = chat(server.url)
-        assert talker.complete(ASK, Session()).text == "hi"
-        talker.complete(ASK, Session())
-    assert len(server.seen) == 4 and server.seen[-1]["max_completion_tokens"] == 10
-
-
 def test_a_server_that_counts_no_tokens(pairs):
     with serving(then=lambda r: ok(oracle(r)[2]["choices"][0]["message"]["content"], usage=False)) as server:
         settings = config(server.url, prompt_price=1.0)
@@ -378,16 +322,3 @@ def test_options_that_cannot_be_meant(bad):
     with pytest.raises(FastSAEError) as caught:
         ExplainConfig(**bad)
     assert "\n" not in str(caught.value)
-
-
-def test_a_url_that_is_none():
-    with pytest.raises(FastSAEError, match="endpoint must be a URL"):
-        chat("localhost:8000")
-
-
-def test_refusals_after_an_answer_fail_the_feature():
-    with serving(ok("hi"), then=lambda _: error(400, "policy")) as server:
-        talker = chat(server.url)
-        talker.complete(ASK, Session())
-        with pytest.raises(FeatureFailed, match="policy"):
-            talker.complete(ASK, Session())

@@ -120,3 +120,17 @@ def test_what_is_no_pattern_is_one_line(atom):
     with pytest.raises(FastSAEError) as caught:
         Pattern.from_json(bad)
     assert "\n" not in str(caught.value)
+
+
+def test_a_description_is_one_line_without_controls():
+    """Tokens hold line breaks and escapes; a description is shown on a terminal and in a table."""
+    atoms = (
+        Atom("token", (b"x\n", b"\x1b[31m", b"\n\n", "\u3000".encode())),
+        Atom("near", (b"a\tb", b" \xc2\x9b"), -2),
+        Atom("word", ("a\x00b",), -1),
+    )
+    said = Rule(atoms, 5.0).describe()
+    for shown in ("`x\\n`", "`\\x1b[31m`", "`\\n\\n`", "`\\u3000`", "`a\\tb`", "` \\x9b`", "“a\\x00b”"):
+        assert shown in said
+    assert said.isprintable() and Atom("suffix", ("e\r",)).describe() == "tokens that end with “e\\r”"
+    assert Atom("token", (" می\u200cروم".encode(),)).describe() == "the token ` می\u200cروم`"

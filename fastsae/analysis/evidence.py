@@ -5,7 +5,8 @@ Axes: F features.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 
 from fastsae.analysis.cards import Cards
 from fastsae.analysis.examples import Evidence
-from fastsae.analysis.explain import ExplainConfig, explain_features
+from fastsae.analysis.explain import ExplainConfig, cache_in, explain_features, explainer_of
 from fastsae.analysis.labels import TokenBytes, readable
 from fastsae.analysis.logit_map import LogitMap, TopLogits, logit_map
 from fastsae.analysis.passes import take_survey
@@ -60,31 +61,67 @@ def explain_dictionary(
     survey_config: SurveyConfig | None = None,
     *,
     count: int = 50,
+    controls: bool = False,
+    control: Source | None = None,
     out: Path | None = None,
     show_progress: bool = True,
 ) -> dict[str, Any]:
     """Reads the text, explains features from one half of the documents and scores the explanations on the other.
 
-    features: their numbers; none: `count` of the live ones, drawn at random. out: as for `explain_features`, whose
-    result this returns; what is there is not done again. Raises FastSAEError for features that there are not, or that
-    never fire on one half of the text, and what `take_survey` and `explain_features` raise.
+    features: their numbers; none: `count` of the live ones, drawn at random. controls: the same tokens are read once
+    more, and as many live "neurons", "random directions" and "misplaced features" are explained by the same explainer.
+    control: a dictionary trained on a model with shuffled weights (`universality.shuffled`) and that model, with the
+    same tokenizer: a group "shuffled model". out: as for `explain_features`, whose result this returns; what is there
+    is not done again.
+
+    Raises FastSAEError for features that there are not, or that never fire on one half of the text, and what
+    `explainer_of`, `take_survey` and `explain_features` raise.
     """
     survey_config = survey_config or SurveyConfig(categories=())
     if bad := [f for f in features if not 0 <= f < source.sae.cfg.d_sae]:
         raise FastSAEError(f"features must be numbers from 0 to {source.sae.cfg.d_sae - 1}, got {bad[0]}")
-    text = Text(tokenizer, documents)
-    (survey,) = take_survey(
-        source, tokenizer, documents, survey_config, text=text, show_progress=show_progress
-    )
     config = config or ExplainConfig()
+    explainer = explainer_of(config, cache_in(out))  # what it lacks is told before the text is read
+    text = Text(tokenizer, documents)
+
+    def surveys(sources: Sequence[Source], how: SurveyConfig) -> list[Survey]:
+        return take_survey(sources, tokenizer, documents, how, text=text, show_progress=show_progress)
+
+    def pairs(survey: Survey, of: Source, features: Sequence[int]) -> list[tuple[Evidence, Evidence]]:
+        logits = _top_logits(of, text, tokenizer, survey_config.context)
+        return evidence_of(Cards(survey), features, logits, text.bytes_of)
+
+    (survey,) = surveys([source], survey_config)
     chosen = list(features) or live_features(survey, count, config.seed)
     silent = [f for f in chosen if not survey.sums["fires"][:, f].all()]
     if silent or not chosen:
         which = f"feature {silent[0]} never fires on one half of it" if silent else "no feature fires often enough"
         raise FastSAEError(f"expected text on which the features fire, but {which}: give more text, or other features")
-    logits = _top_logits(source, text, tokenizer, survey_config.context)
-    pairs = evidence_of(Cards(survey), chosen, logits, text.bytes_of)
-    return explain_features({"features": pairs}, text.bytes_of, config, out, show_progress=show_progress)
+    groups = {"features": pairs(survey, source, chosen)}
+    beside = control_sources(source, config.seed) if controls else {}
+    if control is not None:
+        beside["shuffled model"] = control
+    if beside:
+        # Neurons are dense: none of the weakest examples, which nobody is shown, and no pairs.
+        found = surveys(list(beside.values()), replace(survey_config, bottom=0, cofiring_up_to=0))
+        for (name, of), other in zip(beside.items(), found, strict=True):
+            # What features are shown besides examples, controls are shown too; misplaced ones have the features' own.
+            directions = source if name == "misplaced features" else of
+            groups[name] = pairs(other, directions, live_features(other, len(chosen), config.seed))
+    return explain_features(groups, text.bytes_of, config, out, explainer=explainer, show_progress=show_progress)
+
+
+def control_sources(source: Source, seed: int = 0) -> dict[str, Source]:
+    """What features are compared with, by name, on the same model and hook."""
+    from fastsae.analysis.analyze import Misplaced, neurons_as_features, random_features
+
+    misplaced: Any = Misplaced(source.sae, seed)
+    made: Mapping[str, Any] = {
+        "neurons": neurons_as_features(source.sae),
+        "random directions": random_features(source.sae, seed=seed),
+        "misplaced features": misplaced,
+    }
+    return {name: Source(sae, source.model, source.hook) for name, sae in made.items()}
 
 
 def _top_logits(source: Source, text: Text, tokenizer: Any, context: int) -> TopLogits | None:

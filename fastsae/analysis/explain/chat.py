@@ -7,7 +7,7 @@ import json
 import sqlite3
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from fastsae.analysis.examples import Evidence
 from fastsae.analysis.explain import prompts
+from fastsae.analysis.explain.accounting import Accounting
 from fastsae.analysis.explain.explainers import Explanation, FeatureFailed, Session
 from fastsae.analysis.explain.protocol import Window
 from fastsae.analysis.labels import TokenBytes
@@ -130,7 +131,8 @@ class ModelExplainer:
     ) -> Explanation:
         """See Explainer."""
         messages = prompts.explain(evidence, shown, bytes_of)
-        return Explanation(self._ask(messages, 200, prompts.read_explanation, session, "an explanation of one line"))
+        wanted = f"an explanation of one line and at most {prompts.LONGEST} characters"
+        return Explanation(self._ask(messages, 200, prompts.read_explanation, session, wanted))
 
     def predict(
         self, explanation: Explanation, windows: Sequence[Window], bytes_of: TokenBytes, session: Session
@@ -182,29 +184,39 @@ class ModelExplainer:
         for attempt in range(tries):
             temperature = _RETRY_TEMPERATURE if attempt else 0.0
             request = Request(asked, limit + self.config.extra_tokens, temperature, self.config.seed + attempt)
-            reply = self._reply(request, session)
+            reply, fresh = self._reply(request, session)
             value = read(reply.text, reply.complete)
             if value is not None:
                 return value
             session.account.malformed += 1
+            if fresh:  # one from disk was counted when it came
+                session.ledger.add(Accounting(malformed=1))
             asked = prompts.again(messages, reply.text, wanted)
         raise FeatureFailed(f"malformed answers: asked {tries} times for {wanted}")
 
-    def _reply(self, request: Request, session: Session) -> Reply:
+    def _reply(self, request: Request, session: Session) -> tuple[Reply, bool]:
+        """The answer, and whether it came now and not from disk."""
+        account = session.account
+        before = replace(account)
         key = ReplyCache.key(self.chat.identity(), request)
         reply = self.cache.get(key) if self.cache is not None else None
         if reply is not None:
-            session.account.cached += 1
-            return reply
-        reply = self.chat.complete(request, session)
-        account = session.account
-        if reply.prompt_tokens is None or reply.completion_tokens is None:
-            account.without_usage += 1
-        else:
-            account.prompt_tokens += reply.prompt_tokens
-            account.completion_tokens += reply.completion_tokens
-            account.cost += self.config.prompt_price * reply.prompt_tokens / 1e6
-            account.cost += self.config.completion_price * reply.completion_tokens / 1e6
+            account.cached += 1
+            session.ledger.add(account.since(before))
+            return reply, False
+        try:
+            reply = self.chat.complete(request, session)
+            if reply.prompt_tokens is None or reply.completion_tokens is None:
+                account.without_usage += 1
+            else:
+                account.prompt_tokens += reply.prompt_tokens
+                account.completion_tokens += reply.completion_tokens
+                account.cost += self.config.prompt_price * reply.prompt_tokens / 1e6
+                account.cost += self.config.completion_price * reply.completion_tokens / 1e6
+        finally:  # before the answer is kept: a crash between the two pays twice, and counts twice
+            session.ledger.add(account.since(before))
+        # A model may answer with half of a surrogate pair, which no file and no request can hold.
+        reply = replace(reply, text=reply.text.encode("utf-8", "replace").decode())
         if self.cache is not None:
             self.cache.put(key, reply)
-        return reply
+        return reply, True

@@ -14,6 +14,7 @@ from fastsae.analysis.explain.explainers import Explainer, OfflineExplainer
 from fastsae.analysis.explain.local import LocalChat
 from fastsae.device import choose_device
 from fastsae.errors import ConfigError, FastSAEError, MissingDependencyError
+from fastsae.lm import not_loaded
 
 Kind = Literal["offline", "endpoint", "local"]
 _POSITIVE = ("windows", "judged", "windows_per_request", "timeout", "concurrency")
@@ -115,6 +116,5 @@ def _local(name: str, device: str) -> LocalChat:
         model = AutoModelForCausalLM.from_pretrained(name).eval()
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        detail = " ".join(str(error).split())[:160]
-        raise FastSAEError(f"no causal LM could be loaded from {name!r} ({detail}); check --explainer-model") from None
+        raise FastSAEError(f"{not_loaded(name, error)}; check --explainer-model") from None
     return LocalChat(torch.nn.Module.to(model, choose_device(device)), tokenizer, name)

@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import random
+import re
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
+from typing import Any, NoReturn
+from urllib.parse import SplitResult, urlsplit
 
+from fastsae.analysis.explain import prompts
 from fastsae.analysis.explain.chat import Reply, Request
-from fastsae.analysis.explain.explainers import FeatureFailed, Session
+from fastsae.analysis.explain.explainers import Refused, Session
 from fastsae.errors import FastSAEError, MissingDependencyError
+from fastsae.visible import visible
 
 _LONGEST_BACKOFF = 30.0  # seconds
 _LONGEST_ASKED = 120.0  # seconds that a server may ask us to wait
 _OPTIONAL = ("temperature", "seed")  # fields that some models refuse
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_NO_SYSTEM = re.compile(r"system (role|message|prompt|instruction)|developer instruction|roles must alternate", re.I)
+_TOO_LONG = re.compile(
+    r"context.{0,20}(length|size|window)|exceed.{0,30}(context|tokens)|too long|too many tokens|token count|"
+    r"max(imum)?[ _](model|input|sequence)[ _]len",
+    re.I,
+)
+_OF_THE_QUESTION = ("context_length_exceeded", "content_filter", "content_policy_violation")  # OpenAI's, Azure's codes
 
 
 @dataclass(frozen=True)
@@ -48,6 +60,21 @@ def read_key(path: Path) -> str:
     return key
 
 
+@dataclass(frozen=True)
+class _Form:
+    """How a request is worded: names differ between models, and what they take."""
+
+    limit: str = "max_tokens"
+    left_out: frozenset[str] = frozenset()  # of _OPTIONAL
+    system: bool = True
+
+    def fields(self, model: str, request: Request) -> dict[str, Any]:
+        optional = {"temperature": request.temperature, "seed": request.seed}
+        messages = request.messages if self.system else prompts.without_system(request.messages)
+        fields = {"model": model, "messages": messages, self.limit: request.max_tokens}
+        return fields | {name: value for name, value in optional.items() if name not in self.left_out}
+
+
 class EndpointChat:
     """A Chat through the openai package. Its own retries are off: ours are counted, and end with Ctrl-C."""
 
@@ -57,9 +84,7 @@ class EndpointChat:
         except ImportError:
             raise MissingDependencyError("an endpoint needs the openai package: pip install 'fastsae[all]'") from None
         self._openai, self.config = openai, config
-        local = config.endpoint is not None and urlsplit(config.endpoint).hostname in _LOOPBACK
-        if config.endpoint is not None and urlsplit(config.endpoint).scheme not in ("http", "https"):
-            raise FastSAEError(f"endpoint must be a URL such as http://127.0.0.1:8000/v1, got {config.endpoint!r}")
+        local = config.endpoint is not None and _parts(config.endpoint).hostname in _LOOPBACK
         options: dict[str, Any] = {"base_url": config.endpoint, "max_retries": 0, "timeout": config.timeout}
         try:
             self._client = openai.OpenAI(api_key=config.key, **options)
@@ -74,8 +99,7 @@ class EndpointChat:
         self.url = str(self._client.base_url).rstrip("/")
         self._answered = False  # whether the endpoint has answered anything yet, be it an error
         self._served = False  # whether it has answered a question
-        self._left_out: set[str] = set()  # of _OPTIONAL
-        self._limit_field = "max_tokens"
+        self._form = _Form()  # what the endpoint took last
         self._next, self._lock = 0.0, threading.Lock()
 
     @property
@@ -84,8 +108,11 @@ class EndpointChat:
         return self.config.concurrency
 
     def identity(self) -> dict[str, Any]:
-        """See Chat."""
-        return {"chat": "endpoint", "url": self.url, "model": self.config.model}
+        """See Chat. On this machine a server is known by path and model, not by its port: started again on another one
+        it is the same. Two models of the same name there need two folders."""
+        parts = _parts(self.url)
+        url = f"loopback{parts.path}" if parts.hostname in _LOOPBACK else self.url
+        return {"chat": "endpoint", "url": url, "model": self.config.model}
 
     def complete(self, request: Request, session: Session) -> Reply:
         """See Chat. Errors that pass (429, 5xx, time-outs, no connection, no JSON) are tried again, after the time that
@@ -95,14 +122,14 @@ class EndpointChat:
             self._take_turn(session)
             session.spend()
             wait: float | None = None
+            with self._lock:
+                form = self._form
             try:
-                answer = self._client.chat.completions.create(**self._fields(request))
-            except openai.BadRequestError as error:
-                if not self._adapted(error):
-                    self._refused(error)
-                continue
+                answer = self._client.chat.completions.create(**form.fields(self.config.model, request))
             except (openai.APIConnectionError, openai.APIStatusError) as error:
                 self._answered |= isinstance(error, openai.APIStatusError)
+                if self._adapted(error, form):
+                    continue
                 self._fatal(error, tried)
                 trouble, wait = error, _asked_wait(error)
             except (openai.APIError, ValueError) as error:  # a body that is no JSON, or not what the API says
@@ -125,43 +152,32 @@ class EndpointChat:
             session.account.retries += 1
             tried += 1
 
-    def _fields(self, request: Request) -> dict[str, Any]:
-        fields: dict[str, Any] = {"temperature": request.temperature, "seed": request.seed}
-        for name in self._left_out:
-            del fields[name]
-        return {
-            "model": self.config.model,
-            "messages": request.messages,
-            self._limit_field: request.max_tokens,
-            **fields,
-        }
-
-    def _adapted(self, error: Any) -> bool:
-        """Whether the request can go without the field that was refused: names differ between models."""
+    def _adapted(self, error: Any, sent: _Form) -> bool:
+        """Whether to send a request that was refused in the form `sent` again, in another one. Others that are under
+        way at the same time are refused for the same: what counts is what each of them has sent."""
+        if getattr(error, "status_code", None) not in (400, 422, 500):  # 500: a template's error in some servers
+            return False
+        param, said, new = getattr(error, "param", None), str(error), sent
+        if error.status_code != 500 and sent.limit == "max_tokens":
+            if param == "max_tokens" or "max_completion_tokens" in said:
+                new = replace(new, limit="max_completion_tokens")
+        if param in _OPTIONAL:
+            new = replace(new, left_out=new.left_out | {str(param)})
+        if _NO_SYSTEM.search(said):
+            new = replace(new, system=False)
+        if new == sent:
+            return False
         with self._lock:
-            param, said = getattr(error, "param", None), str(error)
-            if self._limit_field == "max_tokens" and (param == "max_tokens" or "max_completion_tokens" in said):
-                self._limit_field = "max_completion_tokens"
-                return True
-            if param in _OPTIONAL and param not in self._left_out:
-                self._left_out.add(str(param))
-                return True
-        return False
+            now = self._form
+            limit = new.limit if new.limit != sent.limit else now.limit
+            self._form = _Form(limit, now.left_out | new.left_out, now.system and new.system)
+        return True
 
     def _fatal(self, error: Any, tried: int) -> None:
-        """Raises for an error that no retry mends."""
-        openai, model = self._openai, self.config.model
-        if isinstance(error, (openai.AuthenticationError, openai.PermissionDeniedError)):
-            raise FastSAEError(f"{self.url} refused the key: {_line(error)}; check --api-key-file") from None
-        if isinstance(error, openai.NotFoundError):
-            raise FastSAEError(
-                f"{self.url} has no model {model!r}, or is no such API: {_line(error)}; check --explainer-model and "
-                "--endpoint"
-            ) from None
-        if isinstance(error, openai.APIStatusError):
-            if getattr(error, "code", None) == "insufficient_quota":
-                raise FastSAEError(f"the account's quota at {self.url} is spent: {_line(error)}") from None
-            if error.status_code not in (408, 409, 429) and error.status_code < 500:
+        """Raises for an error that no retry mends: Refused where it is of this question, else FastSAEError."""
+        if isinstance(error, self._openai.APIStatusError):
+            passes = error.status_code in (408, 409, 429) or error.status_code >= 500
+            if not passes or getattr(error, "code", None) == "insufficient_quota":
                 self._refused(error)
         elif not self._answered and tried >= min(1, self.config.retries) and not _timed_out(error):
             cause = error.__cause__ or error
@@ -169,13 +185,25 @@ class EndpointChat:
                 f"the endpoint {self.url} does not answer ({_line(cause)}): start the server or check --endpoint"
             ) from None
 
-    def _refused(self, error: Any) -> None:
-        """Raises: a question that is too long fails its feature; what is refused before any answer was had, fails all,
-        as some servers answer 400 to a model they do not have."""
-        message = f"{self.url} refused the request: {_line(error)}"
-        if self._served or "context" in message or "too long" in message or error.status_code == 413:
-            raise FeatureFailed(message) from None
-        raise FastSAEError(f"{message}; check --explainer-model {self.config.model} and --endpoint") from None
+    def _refused(self, error: Any) -> NoReturn:
+        """A question that is too long, or that a filter holds back, fails its feature alone. All else would be refused
+        to every feature, now or from now on: a key, a model, an account, a form."""
+        status, said, code = error.status_code, _line(error), getattr(error, "code", None)
+        if status == 413 or code in _OF_THE_QUESTION or status in (400, 422) and _TOO_LONG.search(str(error)):
+            raise Refused(f"{self.url} refused the request: {said}") from None
+        on = "; what was answered is kept, run it again to go on" if self._served else ""
+        if status == 402 or code == "insufficient_quota":
+            raise FastSAEError(f"the account's quota or credit at {self.url} is spent: {said}{on}") from None
+        if status in (401, 403):
+            raise FastSAEError(f"{self.url} refused the key: {said}; check --api-key-file{on}") from None
+        if status == 404:
+            raise FastSAEError(
+                f"{self.url} has no model {self.config.model!r}, or is no such API: {said}; check --explainer-model "
+                f"and --endpoint{on}"
+            ) from None
+        raise FastSAEError(
+            f"{self.url} refused the request: {said}; check --explainer-model {self.config.model} and --endpoint{on}"
+        ) from None
 
     def _take_turn(self, session: Session) -> None:
         """Waits until this request may be sent at the rate allowed."""
@@ -188,14 +216,40 @@ class EndpointChat:
         session.wait(turn - now)
 
 
-def _asked_wait(error: Any) -> float | None:
-    """Seconds that the server asks for in Retry-After; None if it does not, or in another form."""
-    response = getattr(error, "response", None)
+def _parts(url: str) -> SplitResult:
     try:
-        seconds = float(response.headers["retry-after"]) if response is not None else None
-    except (KeyError, ValueError):
+        parts = urlsplit(url)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:  # .port raises above 65535
+            return parts
+    except ValueError:
+        pass
+    raise FastSAEError(f"endpoint must be a URL such as http://127.0.0.1:8000/v1, got {url!r}")
+
+
+def _asked_wait(error: Any) -> float | None:
+    """Seconds that the server asks for, by retry-after-ms or by Retry-After in seconds or as a date; None if it does
+    not, or in another form."""
+    headers = getattr(getattr(error, "response", None), "headers", {})
+    for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
+        value = headers.get(name, "")
+        try:
+            seconds = float(value) * unit
+        except ValueError:
+            seconds = _until(value)
+        if seconds is not None and seconds >= 0:
+            return min(seconds, _LONGEST_ASKED)
+    return None
+
+
+def _until(date: str) -> float | None:
+    """Seconds until an HTTP date, 0 if it is over; None for anything else."""
+    try:
+        then = parsedate_to_datetime(date)
+    except (TypeError, ValueError, IndexError):
         return None
-    return None if seconds is None or not 0 <= seconds else min(seconds, _LONGEST_ASKED)
+    if then.tzinfo is None:
+        then = then.replace(tzinfo=timezone.utc)
+    return max(0.0, (then - datetime.now(timezone.utc)).total_seconds())
 
 
 def _timed_out(error: Any) -> bool:
@@ -216,6 +270,6 @@ def _reply(answer: Any) -> Reply | None:
 
 
 def _line(error: BaseException) -> str:
-    """An error's message on one line of at most 200 characters, without keys."""
-    text = " ".join(str(getattr(error, "message", None) or error).split())
+    """An error's message on one line of at most 200 visible characters, without keys."""
+    text = visible(" ".join(str(getattr(error, "message", None) or error).split()))
     return text[:200] or type(error).__name__

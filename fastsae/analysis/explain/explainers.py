@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from fastsae.analysis.examples import Evidence
+from fastsae.analysis.explain.accounting import Accounting, Ledger
 from fastsae.analysis.explain.pattern import Pattern
 from fastsae.analysis.explain.protocol import Window
 from fastsae.analysis.explain.search import SearchConfig, find_pattern, predicted
@@ -20,29 +21,13 @@ class FeatureFailed(Exception):
     """This feature cannot be explained or scored; the others can. The message says why."""
 
 
+class Refused(FeatureFailed):
+    """A server took no answer to this feature's question, which another day or server may: it is tried again when the
+    run goes on."""
+
+
 class Stopped(Exception):
     """The run ends here: interrupted, or its budget of requests is spent."""
-
-
-@dataclass
-class Accounting:
-    """What a feature cost. requests: sent, also those that failed. cached: answered from disk. retries: requests sent
-    again after an error. malformed: answers that did not have the form asked for. without_usage: answers whose server
-    did not count tokens; they are missing from the tokens and from cost. cost: in the unit of the prices."""
-
-    requests: int = 0
-    cached: int = 0
-    retries: int = 0
-    malformed: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    without_usage: int = 0
-    cost: float = 0.0
-
-    def add(self, other: Accounting) -> None:
-        """Sums of both."""
-        for name, value in asdict(other).items():
-            setattr(self, name, getattr(self, name) + value)
 
 
 class Budget:
@@ -62,9 +47,10 @@ class Budget:
 
 @dataclass
 class Session:
-    """One feature's run: its accounting, the run's budget, and the signal to stop."""
+    """One feature's run: its accounting, the run's ledger and budget, and the signal to stop."""
 
     account: Accounting = field(default_factory=Accounting)
+    ledger: Ledger = field(default_factory=Ledger)
     budget: Budget = field(default_factory=Budget)
     stop: threading.Event = field(default_factory=threading.Event)
 

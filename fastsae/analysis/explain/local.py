@@ -6,9 +6,12 @@ from typing import Any
 
 import torch
 
+from fastsae.analysis.explain import prompts
 from fastsae.analysis.explain.chat import Reply, Request
 from fastsae.analysis.explain.explainers import FeatureFailed, Session
 from fastsae.analysis.stream import device_of
+from fastsae.errors import FastSAEError
+from fastsae.visible import visible
 
 
 class LocalChat:
@@ -54,7 +57,22 @@ class LocalChat:
 
     def _prompt(self, messages: list[dict[str, str]]) -> list[int]:
         if getattr(self.tokenizer, "chat_template", None):
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text = self._templated(messages)
             return self.tokenizer(text, add_special_tokens=False)["input_ids"]
         text = "\n\n".join(message["content"] for message in messages) + "\n\nAnswer:\n"
         return self.tokenizer(text)["input_ids"]
+
+    def _templated(self, messages: list[dict[str, str]]) -> str:
+        """By the tokenizer's template; one that has no system role gets that text from the user. Raises FastSAEError
+        for one that takes neither."""
+        from jinja2 import TemplateError  # transformers needs it for templates
+
+        refusal = ""
+        for form in (messages, prompts.without_system(messages)):
+            try:
+                return self.tokenizer.apply_chat_template(form, tokenize=False, add_generation_prompt=True)
+            except TemplateError as error:
+                refusal = visible(" ".join(str(error).split()))[:160]
+        raise FastSAEError(
+            f"the chat template of {self.name} takes no question and answer in turn ({refusal}); take another model"
+        )

@@ -69,16 +69,16 @@ class Atom:
         """In words: what the token is."""
         if self.kind in ("token", "near"):
             texts = ["".join(readable([value])) for value in self.values]
-            shown = [f"`{text.encode('unicode_escape').decode() if text.isspace() else text}`" for text in texts]
+            shown = [f"`{_escaped(text)}`" for text in texts]
             return f"the token{'s' if len(shown) > 1 else ''} {_listed(shown)}"
         if self.kind == "word":
-            shown = [f"“{value}”" for value in self.values]
+            shown = [f"“{_escaped(value)}”" for value in self.values]
             return f"the word{'s' if len(shown) > 1 else ''} {_listed(shown)} in any case"
         if self.kind == "script":
             return f"tokens in {self.values[0]} script"
         if self.kind == "class":
             return CLASSES[self.values[0]][1]
-        return f"tokens that {'begin' if self.kind == 'prefix' else 'end'} with “{self.values[0]}”"
+        return f"tokens that {'begin' if self.kind == 'prefix' else 'end'} with “{_escaped(self.values[0])}”"
 
     def to_json(self) -> dict[str, Any]:
         """A dict for JSON; bytes that are no text are written as {"hex": …}."""
@@ -99,6 +99,12 @@ class Atom:
 
 
 KINDS = ("token", "word", "near", "script", "class", "prefix", "suffix")
+
+
+def _escaped(text: str) -> str:
+    """On one line: what cannot be seen as its escape, but for spaces and the joiners of Persian and emoji."""
+    shown = (c if c.isprintable() or c in "\u200c\u200d" else c.encode("unicode_escape").decode() for c in text)
+    return "".join(shown)
 
 
 def _value_to_json(value: Any) -> Any:

@@ -14,6 +14,7 @@ import numpy as np
 from fastsae.analysis.examples import Evidence
 from fastsae.analysis.explain.protocol import Window
 from fastsae.analysis.labels import TokenBytes, readable
+from fastsae.visible import visible
 
 Messages = list[dict[str, str]]
 
@@ -47,7 +48,7 @@ _ANSWERS = {
     _DETECT: "1: yes\n2: no",
     _FUZZ: "1: yes\n2: no",
 }
-_LONGEST = 600  # characters of an explanation
+LONGEST = 600  # characters of an explanation
 
 
 def tokens_of(window: Window, bytes_of: TokenBytes) -> list[str]:
@@ -88,7 +89,15 @@ def again(messages: Messages, answer: str, wanted: str) -> Messages:
     """The question once more, after an answer that had not the form asked for. A server may ignore the temperature
     and the seed; so asked, it cannot give the same answer from the same words."""
     complaint = f"That is not in the form asked for: answer with {wanted}, and nothing else."
-    return [*messages, {"role": "assistant", "content": answer[:_LONGEST]}, {"role": "user", "content": complaint}]
+    return [*messages, {"role": "assistant", "content": answer[:LONGEST]}, {"role": "user", "content": complaint}]
+
+
+def without_system(messages: Messages) -> Messages:
+    """The same for a model whose template has no system role: that text begins the first message of the user."""
+    if not messages or messages[0]["role"] != "system":
+        return messages
+    system, first, *others = messages
+    return [{"role": "user", "content": f"{system['content']}\n\n{first['content']}"}, *others]
 
 
 def _with_example(question: str, text: str, shown: list[list[str]]) -> Messages:
@@ -125,12 +134,13 @@ def _spoken(answer: str) -> str:
 
 
 def read_explanation(answer: str, complete: bool) -> str | None:
-    """The first line that says something. complete: False if the answer was cut off at its limit of tokens."""
+    """The first line that says something, controls in it as their pictures. complete: False if the answer was cut off
+    at its limit of tokens."""
     lines = [line.strip() for line in _spoken(answer).strip().splitlines() if line.strip()]
     if not lines or "<think>" in lines[0] or (not complete and len(lines) == 1):
         return None
     text = re.sub(r"^(\*\*)?(explanation|answer)(\*\*)?\s*:\s*(\*\*)?\s*", "", lines[0], flags=re.IGNORECASE).strip()
-    return text if len(text) >= 3 and len(text) <= _LONGEST and any(char.isalpha() for char in text) else None
+    return visible(text) if 3 <= len(text) <= LONGEST and any(char.isalpha() for char in text) else None
 
 
 def _numbered(answer: str, n: int) -> list[str] | None:

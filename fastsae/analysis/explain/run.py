@@ -16,14 +16,15 @@ import numpy as np
 
 from fastsae.analysis.examples import Evidence, Example
 from fastsae.analysis.explain import protocol
+from fastsae.analysis.explain.accounting import Accounting, Ledger, append_line
 from fastsae.analysis.explain.compare import compare
 from fastsae.analysis.explain.config import ExplainConfig, explainer_of
 from fastsae.analysis.explain.explainers import (
-    Accounting,
     Budget,
     Explainer,
     Explanation,
     FeatureFailed,
+    Refused,
     Session,
     Stopped,
 )
@@ -31,7 +32,6 @@ from fastsae.analysis.explain.pattern import Pattern
 from fastsae.analysis.labels import TokenBytes
 from fastsae.errors import FastSAEError
 from fastsae.files import write_json
-from fastsae.interrupt import uninterrupted
 from fastsae.progress import progress
 
 Halves = tuple[Evidence, Evidence]  # of one feature: to explain from, and held out to score on
@@ -82,17 +82,21 @@ def explain_features(
     config: ExplainConfig | None = None,
     out: Path | None = None,
     *,
+    explainer: Explainer | None = None,
     show_progress: bool = True,
 ) -> dict[str, Any]:
     """Explains and scores every group (features, and controls: neurons, a shuffled model, random features).
 
     groups: name → of each feature its evidence from the half to explain from and from the held-out half. out: folder
-    for explain.jsonl (the log), explain.json (everything) and the answers of models; a second run goes on there.
-    Returns {"results": {group: [ExplainResult]}, "summary": {group: {score: Summary}}, "accounting": Accounting}; what
-    an earlier run did is part of it. Raises FastSAEError where no feature can be explained (endpoint down, no key).
+    for explain.jsonl (the log), explain.spent.jsonl (what was paid), explain.json (everything) and the answers of
+    models; a second run goes on there. explainer: left out, the one that config names.
+    Returns {"results": {group: [ExplainResult]}, "summary": {group: {score: Summary}}, "accounting": Accounting of all
+    runs in this folder, "session": of this one}. Raises FastSAEError where no feature can be explained (endpoint down,
+    no key, no credit).
     """
     config = config or ExplainConfig()
-    explainer = explainer_of(config, out / "explain.cache" if out is not None else None)
+    explainer = explainer or explainer_of(config, cache_in(out))
+    ledger = Ledger(out / "explain.spent.jsonl" if out is not None else None)
     budget = Budget(config.max_requests)
     results = {}
     for name, pairs in groups.items():
@@ -104,23 +108,27 @@ def explain_features(
             group=name,
             log=out / "explain.jsonl" if out is not None else None,
             budget=budget,
+            ledger=ledger,
             show_progress=show_progress,
         )
     summary = compare(results, seed=config.seed)
-    total = Accounting()
-    for result in (result for group in results.values() for result in group):
-        total.add(result.accounting)
     if out is not None:
         write_json(
             out / "explain.json",
             {
                 "explainer": explainer.identity(),
                 "summary": {name: {k: asdict(s) for k, s in row.items()} for name, row in summary.items()},
-                "accounting": asdict(total),
+                "accounting": asdict(ledger.total),
+                "session": asdict(ledger.session),
                 "results": {name: [result.to_json() for result in group] for name, group in results.items()},
             },
         )
-    return {"results": results, "summary": summary, "accounting": total}
+    return {"results": results, "summary": summary, "accounting": ledger.total, "session": ledger.session}
+
+
+def cache_in(out: Path | None) -> Path | None:
+    """Where answers are kept unless the configuration says."""
+    return None if out is None else out / "explain.cache"
 
 
 def explain(
@@ -132,23 +140,25 @@ def explain(
     group: str = "features",
     log: Path | None = None,
     budget: Budget | None = None,
+    ledger: Ledger | None = None,
     show_progress: bool = True,
 ) -> list[ExplainResult]:
     """The results of all pairs in their order.
 
     log: a JSONL file that gets each result as it comes, with one line each; what stands there for the same evidence,
-    explainer and settings is not done again. When the budget is spent the features that are left are reported as
-    failed and not logged. After Ctrl-C no new request is sent; those in flight are waited for and kept in the cache.
+    explainer and settings is not done again. What a server refused, and what is left when the budget is spent, is
+    reported as failed and not logged. ledger: counts what is spent. After Ctrl-C no new request is sent; those in
+    flight are waited for and kept in the cache.
     """
     config = config or ExplainConfig()
     keys = [_key(pair, explainer, config, group, bytes_of) for pair in pairs]
     known = _logged(log) if log is not None else {}
     results: list[ExplainResult | None] = [known.get(key) for key in keys]
     todo = [i for i, result in enumerate(results) if result is None]
-    budget = budget or Budget(config.max_requests)
+    budget, ledger = budget or Budget(config.max_requests), ledger or Ledger()
 
     def one(i: int, stop: threading.Event) -> ExplainResult:
-        session = Session(budget=budget, stop=stop)
+        session = Session(ledger=ledger, budget=budget, stop=stop)
         return _explained(pairs[i], explainer, bytes_of, config, session, group, keys[i])
 
     title = f"explain {group}"
@@ -157,7 +167,7 @@ def explain(
             for i, result in finished:
                 results[i] = result
                 if log is not None and result.key:
-                    _append(log, result)
+                    append_line(log, result.to_json())
                 meter.advance(1)
     return [result for result in results if result is not None]
 
@@ -194,7 +204,7 @@ def _explained(
     try:
         _score(pair, explainer, bytes_of, config, session, found)
     except FeatureFailed as failure:
-        found["failed"] = str(failure)
+        found |= _failure(failure)
     except Stopped as stopped:
         found |= {"failed": str(stopped), "key": ""}
     return ExplainResult(**found)
@@ -221,6 +231,7 @@ def _score(
         predicted = np.concatenate(explainer.predict(explanation, held_out, bytes_of, session))
     except FeatureFailed as failure:
         failures.append(f"prediction: {failure}")
+        found |= _failure(failure)
     else:
         true = np.concatenate([window.levels for window in held_out])
         found |= {"windows": len(held_out), "tokens": len(true), "spearman": protocol.spearman(predicted, true)}
@@ -233,9 +244,15 @@ def _score(
             found[name] = _judgement(judged, explanation, explainer, bytes_of, session)
         except FeatureFailed as failure:
             failures.append(f"{name}: {failure}")
+            found |= _failure(failure)
         else:
             found["judged"] = found.get("judged", 0) + len(judged.truth)
     found["failed"] = "; ".join(failures) or None
+
+
+def _failure(failure: FeatureFailed) -> dict[str, Any]:
+    """Without a key where it may pass: what has none is not logged."""
+    return {"failed": str(failure)} | ({"key": ""} if isinstance(failure, Refused) else {})
 
 
 def _judgement(
@@ -248,15 +265,6 @@ def _judgement(
 
 
 # --- the log -------------------------------------------------------------------------------------------------------
-
-
-def _append(log: Path, result: ExplainResult) -> None:
-    log.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with uninterrupted(), log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(result.to_json()) + "\n")
-    except OSError as error:
-        raise FastSAEError(f"could not write {log}: {error.strerror or error}; free some space") from error
 
 
 def _logged(log: Path) -> dict[str, ExplainResult]:
