@@ -240,7 +240,7 @@ def estimate(
     return fastsae.estimate(config, gpu=gpu)
 
 
-VERBS: dict[str, Callable[..., dict | Estimate | Steering]] = {
+VERBS: dict[str, Callable[..., dict | Contributions | Estimate | Steering]] = {
     "demo": demo,
     "lm": lm,
     "harvest": harvest,

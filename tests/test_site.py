@@ -273,6 +273,7 @@ def test_effects_of_windows_are_those_of_the_model_without_the_feature(modelled)
         def nll(edit: bool, mlp=mlp, batch=batch) -> np.ndarray:
             def hook(_module, _inputs, x):
                 f = sae.encode(x)[..., feature, None]
+                f[:, 0] = 0  # the begin-of-text token is left alone
                 return x - f * sae.W_dec[feature] / sae.input_scale
 
             handle = mlp.act.register_forward_hook(hook) if edit else None
