@@ -3,12 +3,12 @@
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastsae.analysis.explain import ExplainConfig
+from fastsae.analysis.matches import MatchConfig
 from fastsae.analysis.splitting import SplitConfig
 from fastsae.analysis.steering import SteerConfig, Steering
-from fastsae.analysis.universality import MatchConfig
 from fastsae.errors import FastSAEError
 from fastsae.files import claim_folder
 from fastsae.inputs import load_model, load_sae
@@ -30,10 +30,14 @@ def match(
     hook: str = MLP_HOOK,
     other_model: str | None = None,
     other_hook: str | None = None,
+    control_sae: Path | None = None,
+    control_model: str | None = None,
     text: str = "builtin",
     text_field: str = "text",
 ) -> dict:
     """Look for every feature of a dictionary in another run: other seed, width, layer or model with its tokenizer.
+
+    Stopped, the same command goes on from the last minute, or from where Ctrl-C came.
 
     Args:
         sae: Folder of the dictionary (the run's folder or its sae/ folder).
@@ -43,6 +47,9 @@ def match(
         hook: Module path that the dictionary was trained on.
         other_model: The causal LM of the other dictionary; left out, the same one.
         other_hook: Module path of the other dictionary; left out, the same one.
+        control_sae: Folder of a dictionary trained on a shuffled model, as a control; left out, the other dictionary
+            reads a shuffled copy of its model (see --shuffled-control).
+        control_model: The shuffled model of that dictionary, with the same tokenizer; it reads the other's hook.
         text: builtin, a text file, a .jsonl file, a folder of those, or hf:NAME; its held-out documents are used.
         text_field: Field of a JSONL line or dataset row that holds the text.
     """
@@ -52,17 +59,31 @@ def match(
 
     given = {"sae": sae, "model": model, "hook": hook, "text": text, "other_sae": other_sae}
     given |= {"other_model": other_model, "other_hook": other_hook}
+    if (control_sae is None) != (control_model is None):
+        raise FastSAEError("control_sae and control_model go together, got one of them")
+    if control_sae is not None:
+        given |= {"control_sae": control_sae, "control_model": control_model}
     claim_folder(out, "match", {**given, "match": asdict(config)}, resume=True)
     network, tokenizer = load_model(model)
-    other, words = (network, tokenizer) if other_model in (None, model) else load_model(other_model)
-    if words.get_vocab() != tokenizer.get_vocab():
-        raise FastSAEError(f"{model} and {other_model} must share a tokenizer: match compares them token by token")
+
+    def beside(name: str) -> Any:
+        found, words = load_model(name)
+        if words.get_vocab() != tokenizer.get_vocab():
+            raise FastSAEError(f"{model} and {name} must share a tokenizer: match compares them token by token")
+        return found
+
+    other = network if other_model in (None, model) else beside(other_model)
+    control = None
+    if control_sae is not None and control_model is not None:
+        control = Source(load_sae(control_sae), beside(control_model), other_hook or hook)
     documents = corpus.load(text, "heldout", text_field)
     sources = Source(load_sae(sae), network, hook), Source(load_sae(other_sae), other, other_hook or hook)
-    found = universality.match(*sources, tokenizer, documents, config)
-    found.save(out / "match.json")
+    found = universality.match(*sources, tokenizer, documents, config, control=control, out=out, resume=True)
     medians = {f"median {name}": value for name, value in found.medians().items()}
-    return {"tokens": found.tokens, "live": int(found.live.sum()), **medians, "match": str(out / "match.json")}
+    return {
+        "tokens": found.tokens, "live": int(found.live.sum()), **medians, "control": found.control_kind,
+        "match": str(out / "match.json"),
+    }  # fmt: skip
 
 
 def split(
@@ -76,6 +97,8 @@ def split(
 ) -> dict:
     """Join the features of dictionaries of growing width on one module, and draw a map of them.
 
+    Stopped, the same command goes on from the last minute, or from where Ctrl-C came.
+
     Args:
         saes: Folders of the dictionaries, from the narrowest to the widest.
         model: Folder or hub name of the causal LM they were trained on.
@@ -86,6 +109,7 @@ def split(
     """
     from fastsae import corpus
     from fastsae.analysis import splitting
+    from fastsae.analysis.reading import pass_file
     from fastsae.analysis.stream import Source
 
     given = {"saes": [str(sae) for sae in saes], "model": model, "hook": hook, "text": text}
@@ -93,9 +117,11 @@ def split(
     network, tokenizer = load_model(model)
     documents = corpus.load(text, "heldout", text_field)
     dictionaries = [load_sae(sae) for sae in saes]
-    found = splitting.split([Source(sae, network, hook) for sae in dictionaries], tokenizer, documents, config)
+    sources = [Source(sae, network, hook) for sae in dictionaries]
+    found = splitting.read_split(sources, tokenizer, documents, config, out=out, resume=True).result()
     found.save(out / "split.json")
     splitting.draw_map(found, [sae.W_dec for sae in dictionaries], out)
+    pass_file(out, "split").unlink(missing_ok=True)  # not before the map, which may fail for want of a package
     steps = {f"children, {a} to {b}": row["mean_children"] for a, b, row in found.steps()}
     return {"tokens": found.tokens, **steps, "split": str(out / "split.json"), "map": str(out / "map.png")}
 

@@ -62,7 +62,7 @@ GLOSSARY = {
     "shuffled model": "a dictionary trained on the same language model with the weights of every matrix shuffled.",
     "gaps": "tokens of the category on which the feature is off, and the features that are on there.",
     "match": "correlation with the most similar feature of the dictionary of the other language model, trained from "
-    "another seed.",
+    "another seed; chosen on one half of the documents and scored on the other, unless it is called in-sample.",
     "CE recovered": "how much of the loss that ablating the layer costs the dictionary wins back. Zero ablation flatters; "
     "the figure against mean ablation stands beside it.",
     "nats": "unit of the loss: minus the natural logarithm of the probability given to the token that came.",
@@ -215,8 +215,8 @@ def _table(results: dict) -> str:
                  "Best feature and best neuron, each chosen on the other half of the documents.")
         + (
             "<h3>Does the model use it, and does another run find it?</h3>"
-            + _frame(("category", "ΔNLL inside", "elsewhere", "pinned", "unpinned", "neuron pinned", "match", "paper"),
-                     effects)
+            + _frame(("category", "ΔNLL inside", "elsewhere", "pinned", "unpinned", "neuron pinned", "match",
+                      "in-sample", "paper"), effects)
             if any_effect else ""
         )
         + f"<p class=soft>{escape(PAPER_ARABIC)}</p>"
@@ -227,7 +227,7 @@ def _effects(row: dict) -> list[str]:
     ablation, pinning, match = row["ablation"], row["pinning"], row["match"]
     cells = [_number(ablation["inside"], "+.3f"), _number(ablation["outside"], "+.4f")] if ablation else ["–", "–"]
     cells += [f"{pinning[key]:.1%}" for key in ("pinned", "unpinned", "neuron")] if pinning else ["–"] * 3
-    return [*cells, _number(match["pearson"], ".2f") if match else "–"]
+    return [*cells, *(_number(match[key], ".2f") if match else "–" for key in ("held_out", "pearson"))]
 
 
 def _id(row: dict) -> str:
@@ -272,7 +272,8 @@ def _summary(row: dict) -> str:
         weights = match["logit_pearson"]
         also = "" if weights is None else f" (logit weights: {_number(weights, '.2f')})"
         sentences.append(
-            f"In the other run feature {match['feature']} matches it, r {_number(match['pearson'], '.2f')}{also}."
+            f"In the other run feature {match['feature']} matches it, r {_number(match['pearson'], '.2f')} on the tokens "
+            f"that chose it, {_number(match['held_out'], '.2f')} held out{also}."
         )
     return f"<p>{' '.join(filter(None, sentences))}</p>"
 

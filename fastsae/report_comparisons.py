@@ -43,25 +43,27 @@ def beside_paper(results: Row) -> str:
     for row in rows:
         paper, neuron = PAPER.get(row["name"], {}), row["neuron_scores"]
         top = row["ablation"]["top"] if row["ablation"] else None
-        match = row["match"]["pearson"] if row["match"] else None
+        match = row["match"] or {}
         body.append([
             row["name"], f"{row['base_rate']:.2%}", paper.get("base", ""),
             f"{row['specificity']:.0%}", paper.get("specificity", ""), f"{row['specificity_upper']:.0%}",
             paper.get("upper", ""), f"{row['expected']:.0%}", number(row["pearson"]), number(row["pearson_clipped"]),
-            number(row.get("pearson_paper")), number(row.get("pearson_paper_clipped")), paper.get("pearson", ""), number(row["average_precision"]), *(number(row["controls"][n]) for n in names),
-            f"{neuron['specificity_upper']:.0%}", number(top, "+.2f"), paper.get("ablation", ""), number(match),
-            paper.get("match", ""),
+            number(row.get("pearson_paper")), number(row.get("pearson_paper_clipped")), paper.get("pearson", ""),
+            number(row["average_precision"]), *(number(row["controls"][n]) for n in names),
+            f"{neuron['specificity_upper']:.0%}", number(top, "+.2f"), paper.get("ablation", ""),
+            number(match.get("held_out")), number(match.get("pearson")), paper.get("match", ""),
         ])  # fmt: skip
     head = ("", "base rate", "paper", "specificity", "paper", "upper half", "paper", "expected value", "Pearson",
-            "graded", "by the paper’s proxy", "graded", "paper", "average precision", *names, "best neuron, upper half", "ΔNLL, top 20", "paper",
-            "match", "paper")  # fmt: skip
+            "graded", "by the paper’s proxy", "graded", "paper", "average precision", *names, "best neuron, upper half",
+            "ΔNLL, top 20", "paper", "match", "match, in-sample", "paper")  # fmt: skip
     return (
         "<h2>The paper’s analyses, beside the paper’s figures</h2>"
-        "<p>Every figure is of the documents that did not choose the feature. The columns named after controls hold the "
-        f"Pearson correlation of their best feature, chosen and scored in the same way: {escape(', '.join(names))}. Our "
-        "labels chose the features; by the paper’s proxy, a token that holds part of a character counts as often as it is "
-        "part of the script, and any legal character as base64.</p>"
-        + table(head, body)
+        "<p>Every figure but one is of the documents that did not choose the feature, nor its match. The one is “match, "
+        "in-sample”, the paper’s measure: the largest correlation with a feature of the other run, over the tokens that it "
+        "is chosen on. The columns named after controls hold the Pearson correlation of their best feature, chosen and "
+        f"scored on separate halves: {escape(', '.join(names))}. Our labels chose the features; by the paper’s proxy, a "
+        "token that holds part of a character counts as often as it is part of the script, and any legal character as "
+        "base64.</p>" + table(head, body)
     )
 
 
@@ -70,25 +72,36 @@ def universality(results: Row) -> str:
     found = results.get("universality")
     if not found:
         return ""
+
+    def row(name: str, *keys: str, paper: str = "") -> list[str]:
+        best, *rest = (number(found.get(key)) for key in keys)
+        return [name, best, paper, *rest]
+
     rows = [
-        ["features", number(found["features"]), number(found.get("held_out")), PAPER_MEDIANS["features"]],
-        ["neurons", number(found["neurons"]), number(found.get("neurons_held_out")), PAPER_MEDIANS["neurons"]],
-    ]
+        row("features", "features", "held_out", "logits", "best_logits", paper=PAPER_MEDIANS["features"]),
+        row("neurons", "neurons", "neurons_held_out", "neurons_logit_pearson", "neurons_best_logit_pearson",
+            paper=PAPER_MEDIANS["neurons"]),
+    ]  # fmt: skip
     if found.get("control") is not None:
-        rows.append(["control: a model with shuffled weights", number(found["control"]),
-                     number(found.get("control_held_out")), ""])  # fmt: skip
+        kind = found.get("control_kind") or "a model with shuffled weights"
+        rows.append(row(f"control: {kind}", "control", "control_held_out", "control_logit_pearson",
+                        "control_best_logit_pearson"))  # fmt: skip
     more = [
-        ("paired one to one (Hungarian)", found.get("one_to_one")),
-        ("logit weights of the pairs", found.get("logits")),
-    ]
-    extra = "; ".join(f"{name} {number(value)}" for name, value in more if value is not None)
+        ("paired one to one (Hungarian), held out", "one_to_one_held_out"), ("the same in-sample", "one_to_one"),
+        ("decoder rows of the pairs (cosine)", "decoder_cosine"),
+        ("most alike decoder rows (cosine, in-sample)", "best_decoder_cosine"),
+    ]  # fmt: skip
+    extra = "; ".join(f"{name} {number(found[key])}" for name, key in more if found.get(key) is not None)
     return (
         "<h2>Does another run find the same features?</h2>"
         f"<p>Median over {found['count']:,} live features of the best Pearson correlation with a feature of the other "
-        "run, on the same tokens; beside it, the pair chosen on one half of the documents and scored on the other."
+        "run, chosen and scored on the same tokens, as in the paper; held out, the pair is chosen on one half of the "
+        "documents and scored on the other. Logit weights: their correlation over the vocabulary with the match that "
+        "activations chose, and with whatever in the other run is most alike in them, which is a maximum too."
         f"{' Medians as well: ' + escape(extra) + '.' if extra else ''}</p>"
-        + table(("", "best match", "held out", "paper"), rows)
-    )
+        + table(("", "best match, in-sample", "paper", "held out", "its logit weights", "best logit weights, in-sample"),
+                rows)
+    )  # fmt: skip
 
 
 def splitting(results: Row) -> str:

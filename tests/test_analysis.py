@@ -102,6 +102,16 @@ def test_another_run_that_is_this_run_matches_wholly(run):
     assert math.isclose(match["logit_pearson"], 1, abs_tol=1e-4)
     medians = run["results"]["universality"]
     assert math.isclose(medians["features"], 1, abs_tol=1e-5) and math.isclose(medians["neurons"], 1, abs_tol=1e-4)
+    assert math.isclose(match["held_out"], 1, abs_tol=1e-5) and math.isclose(medians["held_out"], 1, abs_tol=1e-5)
+    assert medians["control_kind"].startswith("the other run's dictionary") and medians["control"] < 1
+
+
+def test_the_closest_neuron_is_scored_on_the_other_half(run):
+    row, scored, f = arabic(run), run["scored"], run["f"][:, PLANTED]
+    chosen, other = (
+        np.nan_to_num([pearson(column[half], f[half]) for column in run["x"].T]) for half in (~scored, scored)
+    )
+    assert math.isclose(row["closest_neuron"]["held_out"], other[chosen.argmax()], abs_tol=1e-4)
 
 
 def test_top_contexts_hold_their_activations(run):

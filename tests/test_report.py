@@ -52,7 +52,7 @@ def category(name: str = "Arabic", feature: int = 7) -> dict:
                 "unpinned": ["the cat & the <b>dog</b>"], "pinned": ["مرحبا بكم " + HOSTILE], "neuron": ["\ufffdabc"],
             },
         },
-        "match": {"feature": 99, "pearson": 0.88, "logit_pearson": 0.71},
+        "match": {"feature": 99, "pearson": 0.88, "held_out": 0.84, "logit_pearson": 0.71},
         "logits": {
             "top": [[HOSTILE, 2.0], ["ال", 1.5]], "bottom": [[" the", -1.0], ["\x07", -0.9]],
             "edges": [-2.0, -1.0, 0.0, 1.0, 2.0], "inside": [0, 1, 5, 30], "outside": [20, 700, 600, 3],

@@ -23,7 +23,8 @@ from fastsae.analysis.explain import ExplainConfig, explain_features
 from fastsae.analysis.gaps import GapCounter, Gaps
 from fastsae.analysis.held_out import HeldOut
 from fastsae.analysis.logit_map import LogitMap
-from fastsae.analysis.neurons import neuron_basis
+from fastsae.analysis.matches import SHUFFLED, TRAINED, Match, MatchConfig
+from fastsae.analysis.neurons import ClosestHeldOut, neuron_basis
 from fastsae.analysis.paper_forms import PaperForm
 from fastsae.analysis.passes import take_survey
 from fastsae.analysis.proxies import DEFAULT, Proxy, proxies
@@ -32,7 +33,7 @@ from fastsae.analysis.stream import Read, Source
 from fastsae.analysis.study import Effects, Known, Study, chosen_features
 from fastsae.analysis.survey import Survey, SurveyConfig
 from fastsae.analysis.text import Text
-from fastsae.analysis.universality import Match, MatchConfig, Matching, shuffled
+from fastsae.analysis.universality import Matching, shuffled
 from fastsae.errors import FastSAEError
 from fastsae.files import write_json
 from fastsae.sae import SAE
@@ -133,7 +134,7 @@ def analyze(
     controls = {name: Cards(survey) for name, survey in second.surveys.items() if name != "features"}
     known = Known(
         run.source, tokenizer, cards, controls, run.held_out, run.logits(), neuron_basis(sae.W_dec, k=5),
-        first.match, second.gaps, run.text.bytes_of, first.papers,
+        first.match, second.gaps, run.text.bytes_of, first.papers, second.closest,
     )  # fmt: skip
     how = Effects(config.batch_size, config.sample_tokens, config.samples, config.seed)
     study = Study(known, how)
@@ -172,6 +173,7 @@ class _First(NamedTuple):
 class _Second(NamedTuple):
     surveys: dict[str, Survey]
     gaps: dict[int, Gaps]
+    closest: dict[int, float | None]
 
 
 class _Run:
@@ -204,8 +206,9 @@ class _Run:
             second = Source(other[0], other[1], hook)
             third = Source(*(control or (other[0], shuffled(other[1], self.config.seed))), hook)
             matching = Matching(
-                self.source, second, third, self.text.half.tolist(), MatchConfig(context=self.config.context)
-            )
+                self.source, second, third, self.text.half.tolist(), MatchConfig(context=self.config.context),
+                SHUFFLED if control is None else TRAINED,
+            )  # fmt: skip
             beside += [second, third]
         compared = len(beside)
         self.layers = layers = sorted([sae, *widths], key=lambda one: one.cfg.d_sae)
@@ -242,8 +245,11 @@ class _Run:
             sources["shuffled model"] = Source(*control, hook)
         counters = {p: GapCounter(f, sae.cfg.d_sae, seed=self.config.seed) for p, f in chosen.items()}
 
+        closest = ClosestHeldOut([*chosen.values(), *self.config.features], sae.cfg.d_sae, sae.cfg.d_in)
+
         def watch(some: Read) -> None:
             documents = some.documents.numpy()
+            closest.add(some.codes[0], some.xs[0], torch.from_numpy(self.text.half[documents]))
             where = self.text.first[documents] + some.positions.numpy()
             inside, scored = self.text.scores(documents, where) > 0, torch.from_numpy(self.text.half[documents])
             for p, counter in counters.items():
@@ -256,7 +262,7 @@ class _Run:
             text=self.text, world=max(1, math.ceil(limit / self.config.control_tokens)), show_progress=self.show,
         )  # fmt: skip
         found = {p: counter.result() for p, counter in counters.items() if counter.tokens}
-        return _Second(dict(zip(sources, surveys, strict=True)), found)
+        return _Second(dict(zip(sources, surveys, strict=True)), found, closest.result())
 
     def logits(self) -> LogitMap | None:
         """None for a model without an unembedding."""
@@ -310,15 +316,16 @@ class _Run:
 
 
 def _universality(match: Match | None) -> dict | None:
-    """Medians over live features, over neurons, and of the control."""
+    """Medians over live features, over neurons, and of the control; see Match for which of them are in-sample."""
     if match is None:
         return None
     found = match.medians()
+    named = {"features": "pearson", "one_to_one": "assigned_pearson", "one_to_one_held_out": "assigned_held_out"}
+    named |= {"logits": "logit_pearson", "best_logits": "best_logit_pearson"}
+    rest = [name for name in found if name not in named.values()]
     return {
-        "features": found["pearson"], "held_out": found["held_out"], "one_to_one": found["assigned_pearson"],
-        "neurons": found["neurons"], "neurons_held_out": found["neurons_held_out"], "control": found["control"],
-        "control_held_out": found["control_held_out"], "logits": found["logit_pearson"],
-        "count": int(match.live.sum()),
+        **{key: found[name] for key, name in [*named.items(), *zip(rest, rest, strict=True)]},
+        "control_kind": match.control_kind, "count": int(match.live.sum()),
     }  # fmt: skip
 
 

@@ -6,12 +6,14 @@ D and D′ neurons.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fastsae.analysis.checkpoint import Arrays, Part
 from fastsae.codes import SparseCode
 from fastsae.errors import FastSAEError
 
@@ -76,6 +78,18 @@ def add_products(out: Tensor, a: Entries, b: Entries) -> None:
         start = stop
 
 
+def joined(parts: Mapping[str, Part]) -> Arrays:
+    """The state of several parts as that of one."""
+    return {f"{name}.{key}": array for name, part in parts.items() for key, array in part.arrays().items()}
+
+
+def load_joined(parts: Mapping[str, Part], arrays: Arrays) -> None:
+    """What `joined` gave, back into the parts."""
+    for name, part in parts.items():
+        head = name + "."
+        part.load({key.removeprefix(head): array for key, array in arrays.items() if key.startswith(head)})
+
+
 class FeatureSums:
     """Σ f, Σ f² and on how many of n tokens f is active, of F features: [F] float64 each."""
 
@@ -102,6 +116,28 @@ class FeatureSums:
         both.total, both.squares = self.total + other.total, self.squares + other.squares
         both.fires = self.fires + other.fires
         return both
+
+    @property
+    def varies(self) -> Tensor:
+        """[F] bool: which are not constant, as far as rounding tells."""
+        return _inverse_deviation(self, max(self.n, 1)) > 0
+
+    def merge(self, other: FeatureSums) -> None:
+        """Takes in the sums of other tokens."""
+        self.n += other.n
+        for mine, theirs in zip(self._columns().values(), other._columns().values(), strict=True):
+            mine += theirs.to(mine.device)
+
+    def _columns(self) -> dict[str, Tensor]:
+        return {"total": self.total, "squares": self.squares, "fires": self.fires}
+
+    def arrays(self) -> Arrays:
+        return {"n": np.array(self.n)} | {name: column.cpu().numpy() for name, column in self._columns().items()}
+
+    def load(self, arrays: Arrays) -> None:
+        self.n = int(arrays["n"])
+        for name, column in self._columns().items():
+            column.copy_(torch.from_numpy(arrays[name]))
 
 
 def row_blocks(count: int, size: int = 1024) -> Iterator[slice]:
@@ -138,6 +174,15 @@ def cosine(xy: Tensor, x: FeatureSums, y: FeatureSums) -> Tensor:
     return xy * scale_x[:, None] * scale_y
 
 
+class Best(NamedTuple):
+    """Of every row: its best partner, −1 where it has none; r with it over all tokens; held-out r: that of the partner
+    chosen on half 0 of the documents, on half 1. NaN: no partner, or a row that is constant on tokens that count."""
+
+    partner: Tensor
+    r: Tensor
+    held_out: Tensor
+
+
 class FeatureCross:
     """Products of A's kept features with those of one other dictionary, by half of the documents: [2, S, B] float64.
 
@@ -152,25 +197,61 @@ class FeatureCross:
         add_products(self.xy[half], a, b)
         self.sums[half].add(b)
 
-    def best(self, a: list[FeatureSums], min_fires: int, table: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """(best [S], its r [S], held-out r [S]), on the CPU. table [S, B]: takes r over all tokens, where wanted.
+    def candidates(self, min_fires: int) -> Tensor:
+        """[B] bool, on the CPU: which features are active on so many tokens that they can be a match."""
+        return (self.sums[0].fires + self.sums[1].fires >= min_fires).cpu()
 
-        Features of this dictionary with fewer than min_fires tokens are no match: their r counts as −1.
+    def pearsons(self, a: list[FeatureSums], min_fires: int, half: int | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, r [rows, B]) block by block over one half of the documents, or over all; −1 for what is no candidate.
+
+        a: the sums of A's kept features, of each half.
         """
-        a_both, both = a[0] + a[1], self.sums[0] + self.sums[1]
-        few = both.fires < min_fires
+        x, y = (s[0] + s[1] if half is None else s[half] for s in (a, self.sums))
+        few = ~self.candidates(min_fires).to(self.xy.device)
+        for rows in row_blocks(self.xy.shape[1]):
+            xy = self.xy[0, rows] + self.xy[1, rows] if half is None else self.xy[half, rows]
+            yield rows, pearson(xy, x.rows(rows), y).masked_fill_(few, -1.0)
+
+    def of(self, partners: Tensor, a: list[FeatureSums], half: int | None = None) -> Tensor:
+        """r [S] of every row with its partner [S] on one half or on all; NaN where the partner is −1."""
+        found = [
+            r.gather(1, partners[rows, None].clamp(min=0).to(r.device))[:, 0].cpu()
+            for rows, r in self.pearsons(a, 0, half)
+        ]
+        return torch.cat(found).masked_fill(partners < 0, torch.nan)
+
+    def best(self, a: list[FeatureSums], min_fires: int) -> Best:
+        """All on the CPU, [S] each."""
         found: list[tuple[Tensor, Tensor, Tensor]] = []
-        for rows in row_blocks(len(a_both.total)):
-            xy = self.xy[:, rows]
-            everywhere = pearson(xy[0] + xy[1], a_both.rows(rows), both).masked_fill_(few, -1.0)
-            chosen = pearson(xy[0], a[0].rows(rows), self.sums[0]).masked_fill_(few, -1.0).argmax(1, keepdim=True)
-            scored = pearson(xy[1], a[1].rows(rows), self.sums[1]).gather(1, chosen)[:, 0]
+        for (_, everywhere), (_, chosen) in zip(
+            self.pearsons(a, min_fires), self.pearsons(a, min_fires, 0), strict=True
+        ):
             r, best = everywhere.max(1)
-            found.append((best.cpu(), r.cpu(), scored.cpu()))
-            if table is not None:
-                table[rows] = everywhere.to(table)
-        best, r, scored = (torch.cat(column) for column in zip(*found, strict=True))
-        return best, r, scored
+            found.append((best.cpu(), r.cpu(), chosen.argmax(1).cpu()))
+        partner, r, chosen = (torch.cat(column) for column in zip(*found, strict=True))
+        return _known(partner, r, self.of(chosen, a, 1), a, bool(self.candidates(min_fires).any()))
+
+    def merge(self, other: FeatureCross) -> None:
+        """Takes in the sums of other tokens."""
+        self.xy += other.xy.to(self.xy.device)
+        for mine, theirs in zip(self.sums, other.sums, strict=True):
+            mine.merge(theirs)
+
+    def arrays(self) -> Arrays:
+        return {"xy": self.xy.cpu().numpy()} | joined({f"sums{half}": sums for half, sums in enumerate(self.sums)})
+
+    def load(self, arrays: Arrays) -> None:
+        self.xy.copy_(torch.from_numpy(arrays["xy"]))
+        load_joined({f"sums{half}": sums for half, sums in enumerate(self.sums)}, arrays)
+
+
+def _known(partner: Tensor, r: Tensor, held_out: Tensor, x: list[FeatureSums], any_partner: bool) -> Best:
+    """NaN instead of numbers that say nothing: of a row that is constant over all tokens or, held out, on one half."""
+    varies = (x[0] + x[1]).varies.cpu() & any_partner
+    both = varies & x[0].varies.cpu() & x[1].varies.cpu()
+    return Best(
+        partner.masked_fill(~varies, -1), r.masked_fill(~varies, torch.nan), held_out.masked_fill(~both, torch.nan)
+    )
 
 
 class NeuronCross:
@@ -189,14 +270,33 @@ class NeuronCross:
             sums.total += columns.sum(0)
             sums.squares += columns.square().sum(0)
 
-    def best(self) -> tuple[Tensor, Tensor]:
-        """(best r [D], held-out r [D]); NaN for a coordinate that never changes."""
+    def candidates(self) -> Tensor:
+        """[D′] bool, on the CPU: which vary."""
+        return (self.y[0] + self.y[1]).varies.cpu()
+
+    def best(self) -> Best:
+        """All on the CPU, [D] each."""
         x, y = self.x[0] + self.x[1], self.y[0] + self.y[1]
-        everywhere = pearson(self.xy.sum(0), x, y).amax(1)
+        r, partner = pearson(self.xy.sum(0), x, y).max(1)
         chosen = pearson(self.xy[0], self.x[0], self.y[0]).argmax(1, keepdim=True)
         scored = pearson(self.xy[1], self.x[1], self.y[1]).gather(1, chosen)[:, 0]
-        still = _inverse_deviation(x, max(x.n, 1)) == 0
-        return everywhere.masked_fill(still, torch.nan).cpu(), scored.masked_fill(still, torch.nan).cpu()
+        return _known(partner.cpu(), r.cpu(), scored.cpu(), self.x, bool(self.candidates().any()))
+
+    def merge(self, other: NeuronCross) -> None:
+        """Takes in the sums of other tokens."""
+        self.xy += other.xy.to(self.xy.device)
+        for mine, theirs in zip([*self.x, *self.y], [*other.x, *other.y], strict=True):
+            mine.merge(theirs)
+
+    def _sums(self) -> dict[str, FeatureSums]:
+        return {f"{name}{half}": s for name, both in (("x", self.x), ("y", self.y)) for half, s in enumerate(both)}
+
+    def arrays(self) -> Arrays:
+        return {"xy": self.xy.cpu().numpy()} | joined(self._sums())
+
+    def load(self, arrays: Arrays) -> None:
+        self.xy.copy_(torch.from_numpy(arrays["xy"]))
+        load_joined(self._sums(), arrays)
 
 
 def sample_of(size: int, row_bytes: int, gibibytes: float, seed: int) -> Tensor:

@@ -6,6 +6,7 @@ T tokens.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -118,37 +119,61 @@ def unembedding(model: Any) -> nn.Linear:
 
 
 class ContextSample:
-    """`count` contexts drawn evenly from a stream of contexts, cut to `length` tokens: a seeded reservoir.
+    """`count` contexts drawn evenly from a stream of contexts, cut to `length` tokens: those of the lowest hashes.
 
     What `logit_map` averages over where there is a stream: the tokens give the final norm's scale, no more, so a few
-    short contexts do. Contexts without a token to keep are left out.
+    short contexts do. Contexts without a token to keep are left out. The hash is of the seed and the context's tokens,
+    so the same contexts are drawn for every cut of the text into batches, ranks and sessions.
     """
 
     def __init__(self, count: int, seed: int, length: int = 32) -> None:
-        self.count, self.length, self.seen = count, length, 0
-        self._generator = torch.Generator().manual_seed(seed)
-        self._kept: list[tuple[Tensor, Tensor]] = []
+        self.count, self.length, self.seed = count, length, seed
+        self._kept: list[tuple[bytes, Tensor, Tensor]] = []  # (hash, token ids, which to keep), by the hash
 
     def add(self, context_ids: Tensor, grid: Tensor) -> None:
         """context_ids, grid: [B, T], as in a Read."""
         for ids, rows in zip(context_ids[:, : self.length], grid[:, : self.length], strict=True):
-            if not bool((rows >= 0).any()):
-                continue
-            self.seen += 1
-            if len(self._kept) < self.count:
-                self._kept.append((ids, rows >= 0))
-                continue
-            place = int(torch.randint(self.seen, (), generator=self._generator))
-            if place < self.count:
-                self._kept[place] = (ids, rows >= 0)
+            real = (rows >= 0).nonzero().flatten()
+            if len(real):
+                end = int(real[-1]) + 1  # what stands behind is padding, as wide as the batch has it
+                key = hashlib.blake2b(ids[:end].cpu().numpy().tobytes(), digest_size=16, salt=self._salt())
+                self._kept.append((key.digest(), ids[:end], rows[:end] >= 0))
+        self._thin()
+
+    def _salt(self) -> bytes:
+        return (self.seed % 2**64).to_bytes(8, "little")
+
+    def _thin(self) -> None:
+        self._kept = sorted(self._kept, key=lambda one: one[0])[: self.count]
+
+    def merge(self, other: ContextSample) -> None:
+        """Takes in a sample of other contexts, drawn by the same seed."""
+        self._kept += other._kept
+        self._thin()
 
     def contexts(self) -> tuple[Tensor, Tensor]:
         """(token ids [C, T], mask [C, T]); right padding is harmless in a causal model, and masked."""
-        width = max((len(ids) for ids, _ in self._kept), default=0)
+        width = max((len(ids) for _, ids, _ in self._kept), default=0)
         ids, mask = torch.zeros(2, len(self._kept), width, dtype=torch.int64)
-        for row, (some, real) in enumerate(self._kept):
+        for row, (_, some, real) in enumerate(self._kept):
             ids[row, : len(some)], mask[row, : len(some)] = some, real.long()
         return ids, mask.bool()
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """hash: [C, 16]; ids, mask: as `contexts`; length: [C], tokens of each."""
+        ids, mask = self.contexts()
+        return {
+            "hash": np.frombuffer(b"".join(key for key, _, _ in self._kept), np.uint8).reshape(-1, 16),
+            "ids": ids.numpy(), "mask": mask.numpy(), "length": np.array([len(some) for _, some, _ in self._kept], int),
+        }  # fmt: skip
+
+    def load(self, arrays: dict[str, np.ndarray]) -> None:
+        """What `arrays` gave."""
+        columns = zip(*(arrays[name] for name in ("hash", "ids", "mask", "length")), strict=True)
+        self._kept = [
+            (key.tobytes(), torch.from_numpy(ids[:n].copy()), torch.from_numpy(mask[:n].copy()))
+            for key, ids, mask, n in columns
+        ]
 
 
 @contextmanager

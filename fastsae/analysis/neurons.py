@@ -6,13 +6,17 @@ the coordinates are no privileged basis. Axes: F features, D neurons.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastsae.analysis.cross import NeuronCross, entries, rows_of, selected
 from fastsae.analysis.specificity import pearson
+from fastsae.codes import SparseCode
 
 _CHUNK = 2**24  # numbers worked on at a time
 
@@ -92,6 +96,32 @@ def closest_neurons(
         order = np.argsort(-r, axis=1, kind="stable")[:, :k]
         neurons[rows], found[rows] = order, np.take_along_axis(r, order, 1)
     return ClosestNeurons(neurons, found)
+
+
+class ClosestHeldOut:
+    """The closest neuron of a few features, chosen on one half of the documents and scored on the other.
+
+    Takes the features' numbers C, and is shown codes and activations batch by batch: 16 · C · D bytes.
+    """
+
+    def __init__(self, features: Sequence[int], d_sae: int, d_in: int) -> None:
+        self._features = torch.tensor(sorted(set(features)), dtype=torch.int64)
+        self._row = rows_of(self._features, d_sae)
+        self._cross = NeuronCross(len(self._features), d_in, torch.device("cpu"))
+
+    def add(self, code: SparseCode, x: Tensor, scoring: Tensor) -> None:
+        """x: [n, D]; scoring: [n] bool, the half on which a choice is scored."""
+        some = selected(entries(code, "cpu"), self._row)
+        dense = torch.zeros(len(scoring), len(self._features), dtype=torch.float64)
+        dense[torch.arange(len(scoring)).repeat_interleave(some.counts), some.features] = some.values
+        for half in range(2):
+            rows = scoring == bool(half)
+            self._cross.add(half, dense[rows], x[rows.to(x.device)])
+
+    def result(self) -> dict[int, float | None]:
+        """Feature → Pearson on the scoring half of the neuron chosen on the other; None where it is constant on one."""
+        scored = self._cross.best().held_out.tolist() if len(self._features) else []
+        return {f: None if math.isnan(r) else r for f, r in zip(self._features.tolist(), scored, strict=True)}
 
 
 def best_neurons(n: int, x: np.ndarray, xx: np.ndarray, p: np.ndarray, pp: np.ndarray, xp: np.ndarray) -> np.ndarray:

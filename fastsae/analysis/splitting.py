@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsae.analysis.cross import FeatureSums, add_products, cosine, entries, row_blocks
-from fastsae.analysis.stream import Source, read, watched
+from fastsae.analysis.checkpoint import Arrays
+from fastsae.analysis.cross import FeatureSums, add_products, cosine, entries, joined, load_joined, row_blocks
+from fastsae.analysis.reading import check_rank, pass_file, read_into
+from fastsae.analysis.stream import Read, Source
 from fastsae.codes import SparseCode
 from fastsae.errors import FastSAEError, MissingDependencyError
 from fastsae.files import write_json
@@ -166,6 +168,8 @@ def split(
     documents: Sequence[Any],
     config: SplitConfig | None = None,
     *,
+    out: str | Path | None = None,
+    resume: bool = False,
     show_progress: bool = True,
     **options: Any,
 ) -> Split:
@@ -175,25 +179,58 @@ def split(
     the threshold (Bricken et al. 2023). That is Σ f g / √(Σ f² · Σ g²) with sums over *all* tokens: where neither
     fires, f and g are 0 and add nothing.
 
+    out: a folder for split.json; while the pass runs, split.pass.npz is kept there, once a minute and on Ctrl-C.
+    resume: go on from such a file; the result is the same, bit for bit. A part of the text each by several processes:
+    `read_split`.
+
     Raises FastSAEError: what `read` raises; fewer than two dictionaries, of different modules, or not from the
-    narrowest to the widest; products that need more than config.memory.
+    narrowest to the widest; products that need more than config.memory; a file of an unfinished pass without resume,
+    or of another pass.
+    """
+    found = read_split(
+        sources, tokenizer, documents, config, out=out, resume=resume, show_progress=show_progress, **options
+    ).result()
+    if out is not None:
+        found.save(Path(out) / "split.json")
+        pass_file(out, "split").unlink(missing_ok=True)
+    return found
+
+
+def read_split(
+    sources: Sequence[Source],
+    tokenizer: Any,
+    documents: Sequence[Any],
+    config: SplitConfig | None = None,
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    rank: int = 0,
+    world: int = 1,
+    show_progress: bool = True,
+    **options: Any,
+) -> Splitting:
+    """The pass of `split` by one of several processes, over every world-th context; the sums, to merge.
+
+    With out every rank keeps its sums there, also when it is done; `universality.read_match` shows how they are merged.
+    Raises as `split`; a rank that is not from 0 to world − 1.
     """
     config = replace(config or SplitConfig(), **check_options(SplitConfig, options))
+    check_rank(rank, world)
     if len(sources) < 2:
         raise FastSAEError(f"expected at least two dictionaries, got {len(sources)}")
     if any(source.model is not sources[0].model or source.hook != sources[0].hook for source in sources):
         raise FastSAEError("expected dictionaries of one module of one model, got several: compare those with match")
     splitting = Splitting([source.sae.cfg.d_sae for source in sources], config, sources[0].sae.device)
-    stream = read(
-        sources, tokenizer, documents, context=config.context, batch_size=config.batch_size, max_tokens=config.tokens
-    )
-    for some in watched(stream, "split", documents, config.tokens, show_progress):
-        splitting.add(some.codes)
-    return splitting.result()
+    read_into(
+        splitting, sources, tokenizer, documents, config, "split", out=out, resume=resume, rank=rank, world=world,
+        show_progress=show_progress,
+    )  # fmt: skip
+    return splitting
 
 
 class Splitting:
-    """The sums of one graph: `add` the codes of the same tokens by every dictionary, then `result`."""
+    """The sums of one graph: `add` the codes of the same tokens by every dictionary, then `result`. `merge` takes in
+    the sums of other tokens."""
 
     def __init__(self, widths: Sequence[int], config: SplitConfig, device: torch.device | str = "cpu") -> None:
         if list(widths) != sorted(widths):
@@ -209,12 +246,35 @@ class Splitting:
         self._sums = [FeatureSums(size, device) for size in widths]
         self._products = [torch.zeros(a, b, dtype=torch.float64, device=device) for a, b in pairs]
 
-    def add(self, codes: Sequence[SparseCode]) -> None:
+    def add(self, some: Read | Sequence[SparseCode]) -> None:
+        """A Read of the dictionaries in their order, or the codes alone."""
+        codes = some.codes if isinstance(some, Read) else some
         parts = [entries(code, self.device) for code in codes]
         for sums, part in zip(self._sums, parts, strict=True):
             sums.add(part)
         for out, a, b in zip(self._products, parts, parts[1:], strict=False):
             add_products(out, a, b)
+
+    def arrays(self) -> Arrays:
+        """The whole state, to be saved."""
+        products = {f"products{i}": xy.cpu().numpy() for i, xy in enumerate(self._products)}
+        return products | joined({f"sums{i}": sums for i, sums in enumerate(self._sums)})
+
+    def load(self, arrays: Arrays) -> None:
+        """What `arrays` gave to a Splitting of the same widths."""
+        for i, xy in enumerate(self._products):
+            xy.copy_(torch.from_numpy(arrays[f"products{i}"]))
+        load_joined({f"sums{i}": sums for i, sums in enumerate(self._sums)}, arrays)
+
+    def merge(self, other: Splitting) -> None:
+        """Takes in the sums of other tokens. Raises FastSAEError for a graph of something else."""
+        mine, theirs = ((s.config, [xy.shape for xy in s._products]) for s in (self, other))
+        if mine != theirs:
+            raise FastSAEError("graphs to merge must be of the same dictionaries with the same configuration")
+        for sums, more in zip(self._sums, other._sums, strict=True):
+            sums.merge(more)
+        for xy, more in zip(self._products, other._products, strict=True):
+            xy += more.to(xy.device)
 
     def result(self) -> Split:
         edges = tuple(

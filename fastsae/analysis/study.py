@@ -7,6 +7,7 @@ Axes: F features, D neurons, P categories, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,7 +34,8 @@ LEAST = 20  # tokens of a category in each half, for it to be reported
 
 class Known(NamedTuple):
     """What the passes have found. controls: cards, on a part of the text, of other dictionaries: the neurons as if each
-    were a feature ("neurons"), random directions, a shuffled model. papers: by category, where the paper has one."""
+    were a feature ("neurons"), random directions, a shuffled model. papers: by category, where the paper has one.
+    closest: of features that are shown, the held-out Pearson of the closest neuron (neurons.ClosestHeldOut)."""
 
     source: Source
     tokenizer: Any
@@ -46,6 +48,7 @@ class Known(NamedTuple):
     gaps: dict[int, Gaps]
     bytes_of: TokenBytes
     papers: dict[str, PaperForm]
+    closest: Mapping[int, float | None] = {}
 
 
 class Effects(NamedTuple):
@@ -137,11 +140,13 @@ class Study:
         return found
 
     def _closest(self, feature: int) -> dict | None:
+        """neuron, pearson: in-sample, the largest over all tokens. held_out: of the neuron chosen on the other half."""
         found = self.cards.closest_neurons(1)
         if found is None:
             return None
         return {
             "neuron": int(found.neurons[feature, 0]), "pearson": float(found.pearson[feature, 0]),
+            "held_out": self.known.closest.get(feature),
             "large_coefficients": int(self.known.basis.large[feature]),
             "neurons_used": float(self.known.basis.neurons_used[feature]),
         }  # fmt: skip
@@ -164,6 +169,8 @@ class Study:
         }
 
     def _match(self, feature: int) -> dict | None:
+        """feature, pearson: in-sample, the paper's maximum over all tokens. held_out: of the feature chosen on the
+        other half; None where this one is constant on a half."""
         match = self.known.match
         if match is None:
             return None
@@ -171,10 +178,11 @@ class Study:
         if not len(row) or int(match.best[row[0]]) < 0:
             return None
         i = int(row[0])
-        logits = None if match.logit_pearson is None else _finite(match.logit_pearson[i])
+        measures = ("logit_pearson", "best_logit_pearson", "decoder_cosine", "best_decoder_cosine")
+        columns = {name: getattr(match, name) for name in measures}
         return {
             "feature": int(match.best[i]), "pearson": float(match.pearson[i]), "held_out": _finite(match.held_out[i]),
-            "logit_pearson": logits,
+            **{name: None if column is None else _finite(column[i]) for name, column in columns.items()},
         }  # fmt: skip
 
     # --- what it does -----------------------------------------------------------------------------------------------

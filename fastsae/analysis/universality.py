@@ -7,154 +7,35 @@ per token.
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastsae.analysis.alike import Alike, LogitLikeness, by_decoder
+from fastsae.analysis.checkpoint import Arrays, Part
 from fastsae.analysis.cross import (
+    Best,
     FeatureCross,
     FeatureSums,
     NeuronCross,
     entries,
+    joined,
+    load_joined,
     rows_of,
     sample_of,
     selected,
 )
 from fastsae.analysis.logit_map import ContextSample, logit_map, unembedding
-from fastsae.analysis.stream import Read, Source, read, watched
+from fastsae.analysis.matches import SHUFFLED, TRAINED, Match, MatchConfig
+from fastsae.analysis.reading import check_rank, pass_file, read_into
+from fastsae.analysis.stream import Read, Source
 from fastsae.analysis.text import scoring_half
 from fastsae.errors import FastSAEError, MissingDependencyError
-from fastsae.files import write_json
 from fastsae.harvest import check_options
-
-
-@dataclass(frozen=True)
-class MatchConfig:
-    """How to compare two runs. Raises FastSAEError for values that cannot be meant."""
-
-    tokens: int | None = None
-    """Held-out tokens to read; default: all."""
-    context: int = 128
-    """Tokens in a context, the begin-of-text token included."""
-    batch_size: int = 32
-    """Contexts in a forward pass."""
-    min_fires: int = 10
-    """A feature that is active on fewer tokens than this is neither matched nor a match: chance alone would do."""
-    memory: float = 2.0
-    """GiB for the sums of products, 8 bytes for every pair of features, half of the text and control. Where all pairs
-    do not fit, a sample of the first dictionary's features is matched, drawn by the seed."""
-    shuffled_control: bool = True
-    """Run the second dictionary also on its model with the weights shuffled within each matrix."""
-    logit_contexts: int = 8
-    """Contexts on which logit weights are taken; 0 leaves them out."""
-    assign_up_to: int = 8192
-    """Features up to which the one-to-one assignment is made: its time grows with the cube."""
-    seed: int = 0
-    """Seeds the sample of features, the contexts and the shuffled weights."""
-
-    def __post_init__(self) -> None:
-        if self.tokens is not None and self.tokens < 1:
-            raise FastSAEError(f"tokens must be at least 1, got {self.tokens}; leave it out to read all")
-        for name, least in (("context", 2), ("batch_size", 1), ("min_fires", 1), ("logit_contexts", 0)):
-            if getattr(self, name) < least:
-                raise FastSAEError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if not self.memory > 0:
-            raise FastSAEError(f"memory must be more than 0 GiB, got {self.memory}")
-
-
-@dataclass(frozen=True, eq=False)
-class Match:
-    """Features of A with their likeness in B, one entry per feature in `features` [S], ascending.
-
-    tokens: n. sampled: whether `features` is a sample, all pairs having been too many for the memory. fires: [S],
-    tokens on which each is active; live: [S] bool, at least min_fires of them. What follows is NaN (−1 for numbers of
-    features) where a feature is not live.
-
-    best, pearson: the feature of B with the largest Pearson's r of activations over all tokens, and that r: the
-    paper's measure. A maximum over B features, so partly luck; held_out: r on one half of the documents with the
-    feature that is best on the other half. assigned, assigned_pearson: partner and r in the one-to-one assignment with
-    the largest sum of r (Hungarian method), −1 for those that are left over; None where it was not made.
-    logit_pearson: Pearson's r over the vocabulary of the logit weights of the feature and of its best match; None
-    without logit weights. decoder_cosine: cosine of the two decoder rows; None where the widths differ. It says
-    something only where both dictionaries read the same module of the same model.
-
-    control, control_held_out: as pearson and held_out, with the control in the place of B; None without one. neurons,
-    neurons_held_out: [D], the same for the coordinates of the module that A reads against those that B reads; None
-    where that is the same module of the same model, for each would match itself.
-    """
-
-    tokens: int
-    min_fires: int
-    sampled: bool
-    features: Tensor
-    fires: Tensor
-    best: Tensor
-    pearson: Tensor
-    held_out: Tensor
-    assigned: Tensor | None
-    assigned_pearson: Tensor | None
-    logit_pearson: Tensor | None
-    decoder_cosine: Tensor | None
-    control: Tensor | None
-    control_held_out: Tensor | None
-    neurons: Tensor | None
-    neurons_held_out: Tensor | None
-
-    @property
-    def live(self) -> Tensor:
-        return self.fires >= self.min_fires
-
-    def medians(self) -> dict[str, float | None]:
-        """Over live features (neurons: over all that vary), by the name of the measure; None where there is none."""
-        names = ("pearson", "held_out", "assigned_pearson", "logit_pearson", "decoder_cosine")
-        names += ("control", "control_held_out", "neurons", "neurons_held_out")
-        return {name: _median(getattr(self, name)) for name in names}
-
-    def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON; numbers that are not finite become None."""
-        values = {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
-        return {**values, "live": int(self.live.sum()), "medians": self.medians()}
-
-    def save(self, path: str | Path) -> None:
-        """Writes to_dict() as JSON."""
-        write_json(Path(path), self.to_dict())
-
-    @classmethod
-    def load(cls, path: str | Path) -> Match:
-        """What save wrote. Raises FastSAEError for another file."""
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-            return cls(**{f.name: _tensor(f.name, values[f.name]) for f in fields(cls)})
-        except (OSError, ValueError, KeyError, TypeError):
-            raise FastSAEError(f"expected a file that `fastsae match` wrote, got {path}: run match again") from None
-
-
-_NUMBERS = ("features", "fires", "best", "assigned")  # columns of whole numbers
-
-
-def _plain(value: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    return [None if x != x else x for x in value.tolist()]
-
-
-def _tensor(name: str, value: Any) -> Any:
-    if not isinstance(value, list):
-        return value
-    if name in _NUMBERS:
-        return torch.tensor(value, dtype=torch.int64)
-    return torch.tensor([float("nan") if x is None else x for x in value], dtype=torch.float64)
-
-
-def _median(values: Tensor | None) -> float | None:
-    """Of the finite values, the mean of the two middle ones where their number is even (as numpy's)."""
-    values = values[values.isfinite()] if values is not None else None
-    return float(values.double().quantile(0.5)) if values is not None and len(values) else None
 
 
 def shuffled(model: Any, seed: int = 0) -> Any:
@@ -181,6 +62,8 @@ def match(
     config: MatchConfig | None = None,
     *,
     control: Source | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
     show_progress: bool = True,
     **options: Any,
 ) -> Match:
@@ -189,27 +72,69 @@ def match(
     a, b: two dictionaries with the model and the module each reads: of another seed, width, layer or model, as long as
     the models share the tokenizer; a model that both share runs once. control: a dictionary trained on a shuffled model
     with that model; without one, and unless config.shuffled_control is False, B's dictionary reads shuffled(b.model).
+    out: a folder for match.json; while the pass runs, match.pass.npz is kept there, once a minute and on Ctrl-C.
+    resume: go on from such a file; the result is the same, bit for bit. A part of the text each by several processes:
+    `read_match`.
 
     Memory: 16 · S · B bytes of sums, as much again for the control (see MatchConfig.memory), 16 · D² for the neurons of
-    two models, and a batch. Time beside
-    the models': the pairs of features that are active on the same token.
+    two models, and a batch. Time beside the models': the pairs of features that are active on the same token.
     Raises FastSAEError: what `read` raises; less text than two documents; a model without an unembedding, unless
-    logit_contexts is 0.
+    logit_contexts is 0; a file of an unfinished pass without resume, or of another pass.
+    """
+    found = read_match(
+        a, b, tokenizer, documents, config, control=control, out=out, resume=resume, show_progress=show_progress,
+        **options,
+    ).result()  # fmt: skip
+    if out is not None:
+        found.save(Path(out) / "match.json")
+        pass_file(out, "match").unlink(missing_ok=True)
+    return found
+
+
+def read_match(
+    a: Source,
+    b: Source,
+    tokenizer: Any,
+    documents: Sequence[Any],
+    config: MatchConfig | None = None,
+    *,
+    control: Source | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    rank: int = 0,
+    world: int = 1,
+    show_progress: bool = True,
+    **options: Any,
+) -> Matching:
+    """The pass of `match` by one of several processes, over every world-th context; the sums, to merge.
+
+        part = read_match(a, b, tokenizer, documents, rank=rank, world=4, out="both")  # in each of 4 processes
+        # when all are done, in one:
+        parts = [read_match(a, b, tokenizer, documents, rank=r, world=4, out="both", resume=True) for r in range(4)]
+        whole = parts[0]
+        for part in parts[1:]:
+            whole.merge(part)
+        whole.result().save("both/match.json")
+
+    out: every rank keeps its sums there (see reading.pass_file), also when it is done: with resume they are taken up
+    and nothing is read again. The merged result is that of one process but for the order in which floats are added.
+    Raises as `match`; a rank that is not from 0 to world − 1.
     """
     config = replace(config or MatchConfig(), **check_options(MatchConfig, options))
+    check_rank(rank, world)
     _require_scipy()
     if len(documents) < 2:
         raise FastSAEError(f"expected at least 2 documents, half of them to score on, got {len(documents)}")
+    kind = TRAINED
     if control is None and config.shuffled_control:
-        control = Source(b.sae, shuffled(b.model, config.seed), b.hook)
+        control, kind = Source(b.sae, shuffled(b.model, config.seed), b.hook), SHUFFLED
     sources = (a, b) if control is None else (a, b, control)
-    matching = Matching(a, b, control, scoring_half(documents), config)
-    stream = read(
-        sources, tokenizer, documents, context=config.context, batch_size=config.batch_size, max_tokens=config.tokens
-    )
-    for some in watched(stream, "match", documents, config.tokens, show_progress):
-        matching.add(some)
-    return matching.result()
+    matching = Matching(a, b, control, scoring_half(documents), config, kind)
+    read_into(
+        matching, sources, tokenizer, documents, config, "match", out=out, resume=resume, rank=rank, world=world,
+        show_progress=show_progress,
+    )  # fmt: skip
+    return matching
 
 
 def _require_scipy() -> None:
@@ -220,15 +145,18 @@ def _require_scipy() -> None:
 
 
 class Matching:
-    """The sums of one comparison: `add` every Read of (a, b[, control]), then `result`.
+    """The sums of one comparison: `add` every Read of (a, b[, control]), `merge` those of other tokens, then `result`.
 
-    scoring: for each document whether it is in the half on which a match is scored, else chosen.
+    scoring: for each document whether it is in the half on which a match is scored, else chosen. control_kind: what the
+    result is to call the control.
     """
 
     def __init__(
-        self, a: Source, b: Source, control: Source | None, scoring: Sequence[bool], config: MatchConfig
-    ) -> None:
+        self, a: Source, b: Source, control: Source | None, scoring: Sequence[bool], config: MatchConfig,
+        control_kind: str = TRAINED,
+    ) -> None:  # fmt: skip
         self.a, self.b, self.control, self.config = a, b, control, config
+        self.control_kind = None if control is None else control_kind
         self._scoring = torch.tensor(list(scoring), dtype=torch.bool)
         size, device = a.sae.cfg.d_sae, a.sae.device
         others = [source.sae.cfg.d_sae for source in (b, control) if source is not None]
@@ -239,8 +167,9 @@ class Matching:
         same = a.model is b.model and a.hook == b.hook
         self._neurons = None if same else NeuronCross(a.sae.cfg.d_in, b.sae.cfg.d_in, device)
         self._contexts = ContextSample(config.logit_contexts, config.seed)
-        for source in (a, b) if config.logit_contexts else ():
-            unembedding(source.model)  # a model without one is told before its hours of text, not after
+        for source in (a, b, control) if config.logit_contexts else ():
+            if source is not None:
+                unembedding(source.model)  # a model without one is told before its hours of text, not after
 
     def add(self, some: Read) -> None:
         scoring = self._scoring[some.documents]
@@ -259,86 +188,138 @@ class Matching:
                 x, y = (each[rows.to(each.device)] for each in some.xs[:2])
                 self._neurons.add(half, x, y)
 
+    def _parts(self) -> Mapping[str, Part]:
+        parts: dict[str, Part] = {f"sums{half}": sums for half, sums in enumerate(self._sums)}
+        parts |= {f"cross{i}": cross for i, cross in enumerate(self._crosses)} | {"contexts": self._contexts}
+        return parts if self._neurons is None else parts | {"neurons": self._neurons}
+
+    def arrays(self) -> Arrays:
+        """The whole state, to be saved."""
+        return joined(self._parts())
+
+    def load(self, arrays: Arrays) -> None:
+        """What `arrays` gave to a Matching of the same."""
+        load_joined(self._parts(), arrays)
+
+    def merge(self, other: Matching) -> None:
+        """Takes in the sums of other tokens. Raises FastSAEError for a comparison of something else."""
+        mine, theirs = (
+            (m.config, m.features.tolist(), sorted(m._parts()), [c.xy.shape for c in m._crosses]) for m in (self, other)
+        )
+        if mine != theirs:
+            raise FastSAEError("comparisons to merge must be of the same dictionaries with the same configuration")
+        for sums, more in zip(self._sums, other._sums, strict=True):
+            sums.merge(more)
+        for cross, more in zip(self._crosses, other._crosses, strict=True):
+            cross.merge(more)
+        self._contexts.merge(other._contexts)
+        if self._neurons is not None and other._neurons is not None:
+            self._neurons.merge(other._neurons)
+
     def result(self) -> Match:
         sums, least = self._sums[0] + self._sums[1], self.config.min_fires
-        dead = (sums.fires < least).cpu()
-        shape = self._crosses[0].xy.shape[1:]
-        table = torch.zeros(shape) if max(shape) <= self.config.assign_up_to else None
-        best, r, held_out = self._crosses[0].best(self._sums, least, table)
-        candidates = (self._crosses[0].sums[0].fires + self._crosses[0].sums[1].fires >= least).cpu()
-        assigned = assigned_r = control = control_held_out = None
-        if table is not None:
-            assigned, assigned_r = _assign(table, ~dead, candidates)
-        if self.control is not None:
-            _, control, control_held_out = self._crosses[1].best(self._sums, least)
-        neurons, neurons_held_out = (None, None) if self._neurons is None else self._neurons.best()
-        best = best.masked_fill(dead | ~candidates.any(), -1)
-
-        def alive(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values.double().masked_fill(dead, torch.nan)
-
+        live = (sums.fires >= least).cpu()
+        best = _only(live, self._crosses[0].best(self._sums, least))
+        control = None if self.control is None else _only(live, self._crosses[1].best(self._sums, least))
+        neurons = None if self._neurons is None else self._neurons.best()
         return Match(
             tokens=sums.n,
             min_fires=least,
             sampled=len(self.features) < self.a.sae.cfg.d_sae,
             features=self.features,
             fires=sums.fires.long().cpu(),
-            best=best,
-            pearson=r.double().masked_fill(best < 0, torch.nan),
-            held_out=held_out.double().masked_fill(best < 0, torch.nan),
-            assigned=assigned,
-            assigned_pearson=assigned_r,
-            logit_pearson=self._logit_pearson(best),
-            decoder_cosine=self._decoder_cosine(best),
-            control=alive(control),
-            control_held_out=alive(control_held_out),
-            neurons=neurons,
-            neurons_held_out=neurons_held_out,
-        )
+            best=best.partner,
+            pearson=best.r,
+            held_out=best.held_out,
+            control_kind=self.control_kind,
+            control=None if control is None else control.r,
+            control_held_out=None if control is None else control.held_out,
+            neurons=None if neurons is None else neurons.r,
+            neurons_held_out=None if neurons is None else neurons.held_out,
+            **{
+                "assigned": None, "assigned_pearson": None, "logit_pearson": None, "decoder_cosine": None,
+                **self._assigned(live), **self._decoders(best), **self._logits(best, control, neurons),
+            },
+        )  # fmt: skip
 
-    def _pairs(self, best: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(places in `features`, features of A, features of B) of what has a match."""
-        places = (best >= 0).nonzero().flatten()
-        return places, self.features[places], best[places]
+    def _assigned(self, live: Tensor) -> dict[str, Tensor]:
+        """The one-to-one assignment over all tokens, and r on one half of what is assigned on the other."""
+        cross, least = self._crosses[0], self.config.min_fires
+        if max(cross.xy.shape[1:]) > self.config.assign_up_to:
+            return {}
+        candidates = cross.candidates(least)
 
-    def _logit_pearson(self, best: Tensor) -> Tensor | None:
+        def assign(half: int | None) -> Tensor:
+            table = torch.cat([r.float().cpu() for _, r in cross.pearsons(self._sums, least, half)])
+            return _assign(table, live, candidates)
+
+        partner, chosen = assign(None), assign(0)
+        both = self._sums[0].varies.cpu() & self._sums[1].varies.cpu()
+        return {
+            "assigned": partner,
+            "assigned_pearson": cross.of(partner, self._sums),
+            "assigned_held_out": cross.of(chosen, self._sums, 1).masked_fill(~both, torch.nan),
+        }
+
+    def _decoders(self, best: Best) -> dict[str, Tensor]:
+        if self.a.sae.cfg.d_in != self.b.sae.cfg.d_in:
+            return {}
+        pairs = by_decoder(self.a.sae, self.features, self.b.sae)
+        partner, value = _nearest(pairs, best.partner >= 0, self._crosses[0].candidates(self.config.min_fires))
+        return {
+            "decoder_cosine": pairs.of(best.partner), "best_by_decoder": partner, "best_decoder_cosine": value
+        }  # fmt: skip
+
+    def _logits(self, best: Best, control: Best | None, neurons: Best | None) -> dict[str, Tensor]:
+        """Pearson of logit weights with the partner that activations chose, and the largest, by fields of a Match."""
         ids, mask = self._contexts.contexts()
         if not len(ids):
-            return None
-        places, left, right = self._pairs(best)
-        found = torch.full((len(best),), torch.nan, dtype=torch.float64)
+            return {}
         of_a = logit_map(self.a.model, self.a.hook, ids, mask)
         of_b = of_a if self._neurons is None else logit_map(self.b.model, self.b.hook, ids, mask)
-        for rows in torch.arange(len(places)).split(256):  # [256, V] of each, and never [S, V]
-            x = of_a.of_features(self.a.sae, left[rows]).cpu().double()
-            y = of_b.of_features(self.b.sae, right[rows]).cpu().double()
-            V = min(x.shape[1], y.shape[1])  # models of one tokenizer may pad the vocabulary differently
-            found[places[rows]] = _row_pearson(x[:, :V], y[:, :V])
+        x = self.a.sae.W_dec[self.features.to(self.a.sae.device)]
+        least, like = self.config.min_fires, LogitLikeness(of_a, of_b)
+        pairs = like.of(x, _decoder_rows(self.b))
+        found = {"logit_pearson": pairs.of(best.partner)}
+        found["best_by_logits"], found["best_logit_pearson"] = _nearest(
+            pairs, best.partner >= 0, self._crosses[0].candidates(least)
+        )
+        if self._neurons is not None and neurons is not None:
+            D, others = self.a.sae.cfg.d_in, self.b.sae.cfg.d_in
+            pairs = like.of(torch.eye(D), lambda numbers: torch.nn.functional.one_hot(numbers, others))
+            found["neurons_logit_pearson"] = pairs.of(neurons.partner)
+            _, found["neurons_best_logit_pearson"] = _nearest(pairs, neurons.partner >= 0, self._neurons.candidates())
+        if self.control is not None and control is not None:
+            of_control = logit_map(self.control.model, self.control.hook, ids, mask)
+            pairs = LogitLikeness(of_a, of_control).of(x, _decoder_rows(self.control))
+            found["control_logit_pearson"] = pairs.of(control.partner)
+            _, found["control_best_logit_pearson"] = _nearest(
+                pairs, control.partner >= 0, self._crosses[1].candidates(least)
+            )
         return found
 
-    def _decoder_cosine(self, best: Tensor) -> Tensor | None:
-        if self.a.sae.cfg.d_in != self.b.sae.cfg.d_in:
-            return None
-        places, left, right = self._pairs(best)
-        found = torch.full((len(best),), torch.nan, dtype=torch.float64)
-        rows = [s.sae.W_dec.detach().cpu()[n].double() for s, n in ((self.a, left), (self.b, right))]
-        found[places] = torch.nn.functional.cosine_similarity(rows[0], rows[1], dim=1)
-        return found
+
+def _only(live: Tensor, best: Best) -> Best:
+    return Best(best.partner.masked_fill(~live, -1), *(r.masked_fill(~live, torch.nan) for r in best[1:]))
 
 
-def _row_pearson(x: Tensor, y: Tensor) -> Tensor:
-    """r of every row of x [M, V] with the same row of y, NaN where one is constant."""
-    x, y = (part - part.mean(1, keepdim=True) for part in (x, y))
-    return (x * y).sum(1) / (x.norm(dim=1) * y.norm(dim=1))
+def _nearest(pairs: Alike, rows: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+    """pairs.best of these rows (mask) alone; −1 and NaN elsewhere."""
+    partner, value = pairs.best(candidates)
+    return partner.masked_fill(~rows, -1), value.masked_fill(~rows, torch.nan)
 
 
-def _assign(r: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Partners, one to one, of the rows among the columns (masks) of r [S, B], largest sum of r; and their r: [S]."""
+def _decoder_rows(source: Source) -> Callable[[Tensor], Tensor]:
+    rows = source.sae.W_dec
+    return lambda numbers: rows[numbers.to(rows.device)]
+
+
+def _assign(r: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Partners [S], one to one, of the rows among the columns (masks) of r [S, B], largest sum of r; else −1."""
     from scipy.optimize import linear_sum_assignment
 
     left, right = rows.nonzero().flatten(), columns.nonzero().flatten()
-    partner, value = torch.full((len(r),), -1), torch.full((len(r),), torch.nan, dtype=torch.float64)
+    partner = torch.full((len(r),), -1)
     i, j = (torch.as_tensor(part) for part in linear_sum_assignment(r[left][:, right].numpy(), maximize=True))
     partner[left[i]] = right[j]
-    value[left[i]] = r[left[i], right[j]].double()
-    return partner, value
+    return partner

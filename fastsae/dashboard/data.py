@@ -278,6 +278,7 @@ def comparison(facts: Facts) -> dict[str, Any] | None:
     return {
         "tokens": found.tokens,
         "sampled": found.sampled,
+        "control_kind": found.control_kind,
         "medians": {name: None if v is None else short(v) for name, v in found.medians().items()},
         "feature": found.features.tolist(),
         "best": found.best.tolist(),

@@ -10,10 +10,13 @@ fastsae.page("compare", async (main) => {
     return;
   }
   const live = it.pearson.filter((r) => r !== null);
-  const names = { pearson: "features", held_out: "features, held out", assigned_pearson: "one to one", logit_pearson: "logit weights",
-    decoder_cosine: "decoder rows (cosine)", control: "control: a model with shuffled weights", control_held_out: "control, held out", neurons: "neurons", neurons_held_out: "neurons, held out" };
+  const names = { pearson: "features", held_out: "features, held out", assigned_pearson: "one to one", assigned_held_out: "one to one, held out",
+    logit_pearson: "logit weights", best_logit_pearson: "logit weights, most alike", decoder_cosine: "decoder rows (cosine)", best_decoder_cosine: "decoder rows, most alike (cosine)",
+    control: `control: ${it.control_kind ?? "a model with shuffled weights"}`, control_held_out: "control, held out", control_logit_pearson: "control, logit weights",
+    control_best_logit_pearson: "control, logit weights, most alike", neurons: "neurons", neurons_held_out: "neurons, held out",
+    neurons_logit_pearson: "neurons, logit weights", neurons_best_logit_pearson: "neurons, logit weights, most alike" };
   main.append(
-    h("p", { class: "lead" }, `For each of ${count(live.length)} features${it.sampled ? " (a sample)" : ""} that fire often enough, the feature of the other dictionary that follows it best over ${count(it.tokens)} tokens.`),
+    h("p", { class: "lead" }, `For each of ${count(live.length)} features${it.sampled ? " (a sample)" : ""} that fire often enough, the feature of the other dictionary that follows it best over ${count(it.tokens)} tokens. Held out, it is chosen on one half of the documents and scored on the other; every other r of activations, and what is “most alike”, is a maximum that is scored where it was chosen.`),
     h("div", { class: "two" },
     h("section", null, h("h2", null, "Medians"), fastsae.table(["", "median r"], Object.entries(it.medians).filter(([, r]) => r !== null).map(([name, r]) => [names[name] ?? name, fixed(r)]), { label: "Medians" })),
     h("section", null, h("h2", null, "How alike"), picture())),

@@ -186,10 +186,11 @@ const fastsae = (() => {
   /** An explanation. What it quotes is kept apart: else a list of Arabic tokens would run from right to left. */
   const explained = (text) => h("bdi", { class: "said" }, text.split(/(`[^`]*`)/).map((part, i) => i % 2 ? h("bdi", null, part) : part));
 
+  /** attributes: label; words: the column, from 0, that holds sentences. */
   const table = (head, rows, attributes) => h("div", { class: "wide", tabindex: 0, role: "region", "aria-label": attributes?.label ?? "Table" },
     h("table", null,
-      head && h("thead", null, h("tr", null, head.map((cell) => h(cell === "" ? "td" : "th", cell === "" ? null : { scope: "col" }, cell)))),
-      h("tbody", null, rows.map((row) => h("tr", null, row.map((cell, i) => h(i ? "td" : "th", i ? null : { scope: "row" }, cell)))))));
+      head && h("thead", null, h("tr", null, head.map((cell, i) => h(cell === "" ? "td" : "th", cell === "" ? null : { scope: "col", class: i === attributes?.words ? "words" : null }, cell)))),
+      h("tbody", null, rows.map((row) => h("tr", null, row.map((cell, i) => h(i ? "td" : "th", { scope: i ? null : "row", class: i === attributes?.words ? "words" : null }, cell)))))));
 
   const link = (f, text) => h("a", { href: `#/feature/${f}` }, text ?? String(f));
 

@@ -66,7 +66,7 @@ fastsae.page("feature", async (main, argument, _query, current) => {
       it.match && block("In the other run", list([it.match], (m) => [`feature ${m.feature}`, [
         `r ${fixed(m.pearson)}`, m.held_out !== null && `held out ${fixed(m.held_out)}`, m.logit_pearson !== null && `logits ${fixed(m.logit_pearson)}`,
         m.control !== null && `control ${fixed(m.control)}`].filter(Boolean).join(" · ")])),
-      it.neurons && block("Nearest neurons", list(it.neurons, ([n, r]) => [`neuron ${n}`, ["r ", fixed(r)]])),
+      it.neurons && block("Nearest neurons, over all tokens", list(it.neurons, ([n, r]) => [`neuron ${n}`, ["r ", fixed(r)]])),
       it.similar && block("Similar decoder rows", list(it.similar, ([g, c]) => [link(g, `feature ${g}`), ["cos ", fixed(c)]])),
       it.cofiring?.length ? block("Fires together with", list(it.cofiring, ([g, n, j]) => [link(g, `feature ${g}`), `${count(n)} tokens · Jaccard ${fixed(j)}`])) : null,
       it.splitting && (it.splitting.parents.length || it.splitting.children.length) ? block("Splitting",

@@ -184,7 +184,7 @@
           h("p", { class: "soft" }, "Shaded by the chosen feature. Point at a token for its value, choose it for all features that fire on it.")), beside)),
         h("section", null, h("h2", null, `${count(active)} features fire, ${features.length < active ? `the strongest ${features.length} of them` : "strongest first"}`),
           h("div", { class: "wide", tabindex: 0, role: "region", "aria-label": "Features that fire" }, h("table", null,
-            h("thead", null, h("tr", null, ["feature", "text", "peak", "of its maximum", "tokens", "on", "known as"].map((name) => h("th", { scope: "col" }, name)))),
+            h("thead", null, h("tr", null, ["feature", "", "peak", "of its maximum", "tokens", "on", "known as"].map((name) => h(name ? "th" : "td", name && { scope: "col", class: name === "known as" ? "words" : null }, name)))),
             h("tbody", null, body)))));
       paint();
       place = Math.max(0, all.findIndex(({ places }) => places.includes(features[0]?.at ?? 0)));
@@ -265,9 +265,9 @@
           h("p", { class: "soft" }, it.source === "report" ? "From the report's own pass over the text." : "From a new pass over text.",
             " Chosen by Pearson's r on half of the documents, scored on the others."),
           it.neuron && h("p", null, `The best neuron is ${it.neuron.neuron}, r ${fixed(it.neuron.pearson)}; the best feature has ${fixed(best.pearson)}.`),
-          fastsae.table(["feature", "r", "r that chose", "specificity", "lift", "recall", ""], it.features.map((row) => [
+          fastsae.table(["feature", "r", "r that chose", "specificity", "lift", "recall", "known as"], it.features.map((row) => [
             link(row.feature), fixed(row.pearson), fixed(row.chosen), percent(row.specificity), row.lift === null ? "–" : `× ${number(row.lift)}`, percent(row.recall),
-            h("bdi", null, about(rows, overview.proxies, row.feature))]), { label: "Scores" })),
+            h("bdi", null, about(rows, overview.proxies, row.feature))]), { label: "Scores", words: 6 })),
       ];
     }
     follow(result, "proxy", show, current);
@@ -289,7 +289,7 @@
     async function show({ tokens: read, medians }) {
       const found = await ask("compare?sort=pearson&limit=100");
       return h("section", null, h("h2", null, `Median r ${fixed(medians.pearson)} on ${count(read)} tokens`),
-        h("p", { class: "soft" }, `Held out ${fixed(medians.held_out)}, one to one ${fixed(medians.assigned_pearson)}, neurons ${fixed(medians.neurons)}. The ${count(found.rows.length)} most alike of ${count(found.total)}:`),
+        h("p", { class: "soft" }, `Held out ${fixed(medians.held_out)}, one to one ${fixed(medians.assigned_held_out)} held out, neurons ${fixed(medians.neurons)}. The ${count(found.rows.length)} most alike of ${count(found.total)}:`),
         fastsae.table(["feature", "its match", "r", "held out", "logits", "tokens"], found.rows.map((row) => [
           link(row.feature), row.best === null ? "–" : String(row.best), fixed(row.pearson), fixed(row.held_out), fixed(row.logit_pearson), count(row.fires)]), { label: "Matches" }));
     }
