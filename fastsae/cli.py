@@ -202,9 +202,10 @@ def analyze(
     from fastsae.analysis import analyze as run
 
     given = {"sae": sae, "model": model, "hook": hook, "text": text, "other_sae": other_sae, "other_model": other_model}
-    given |= {"control_sae": control_sae, "control_model": control_model, "widths": [str(width) for width in widths]}
+    more = {"control_sae": control_sae, "control_model": control_model, "widths": [str(width) for width in widths]}
+    given |= {name: value for name, value in more.items() if value}
     for name in ("other", "control"):
-        if (given[f"{name}_sae"] is None) != (given[f"{name}_model"] is None):
+        if (given.get(f"{name}_sae") is None) != (given.get(f"{name}_model") is None):
             raise FastSAEError(f"{name}_sae and {name}_model go together, got one of them")
     claim_folder(out, "analysis", {**given, "analyze": asdict(config)}, resume=True)
     network, tokenizer = load_model(model)

@@ -10,7 +10,9 @@ from typing import Any
 
 _KINDS = {"INT": "a whole number", "FLOAT": "a number", "STR": "a text", "PATH": "a path"}
 _MANY = {"INT": "whole numbers", "FLOAT": "numbers", "STR": "texts", "PATH": "paths"}
-_START_OVER = ("analyze",)  # writes into a folder, but begins anew in it
+
+
+_START_OVER = ("automata",)  # writes into a folder, but begins anew in it
 
 
 def again(argv: Sequence[str], verbs: Mapping[str, Callable[..., Any]]) -> str:
@@ -20,7 +22,7 @@ def again(argv: Sequence[str], verbs: Mapping[str, Callable[..., Any]]) -> str:
     options = inspect.signature(verb).parameters if verb is not None else {}
     if "resume" in options:
         return "the same command with --resume goes on from here"
-    if "out" in options and argv[0] not in _START_OVER:
+    if "out" in options and options["out"].default is inspect.Parameter.empty and argv[0] not in _START_OVER:
         return "the same command goes on from here"
     return "the same command starts over"
 

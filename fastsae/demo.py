@@ -61,7 +61,8 @@ SCALES: dict[str, Scale] = {
         TrainConfig(activation="relu", d_sae=256, l1_coefficient=3.0, batch_size=512, lr=3e-3),
         EvalConfig(tokens=10_000, context=64),
         AnalyzeConfig(
-            context=64, contexts_per_effect=24, sample_tokens=12, samples=2, control_tokens=20_000, explain_features=12
+            context=64, contexts_per_effect=24, sample_tokens=12, samples=2, control_tokens=20_000, explain_features=12,
+            explain_up_to=30,
         ),
         every=8,
     ),

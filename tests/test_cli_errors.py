@@ -70,7 +70,7 @@ def test_what_a_stopped_verb_says_follows_from_its_options():
     resumed = {verb for verb, text in said.items() if "--resume" in text}
     assert resumed == {"lm", "harvest", "train"}
     assert {verb for verb, text in said.items() if text == "the same command goes on from here"} == {
-        "demo", "explain", "match", "split",
+        "analyze", "demo", "explain", "match", "split",
     }  # fmt: skip
     assert said["eval"] == said["steer"] == said["serve"] == "the same command starts over"
     assert again([], cli.VERBS) == again(["nonsense"], cli.VERBS) == "the same command starts over"

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +18,7 @@ import torch
 
 from fastsae.analysis import goals, paper_forms
 from fastsae.analysis.cards import Cards
-from fastsae.analysis.controls import Misplaced, neurons_as_features, random_features
-from fastsae.analysis.evidence import contexts_map, evidence_of, live_features
+from fastsae.analysis.evidence import contexts_map, control_sources, evidence_of, live_features
 from fastsae.analysis.explain import ExplainConfig, explain_features
 from fastsae.analysis.gaps import GapCounter, Gaps
 from fastsae.analysis.held_out import HeldOut
@@ -26,7 +26,7 @@ from fastsae.analysis.logit_map import LogitMap
 from fastsae.analysis.matches import SHUFFLED, TRAINED, Match, MatchConfig
 from fastsae.analysis.neurons import ClosestHeldOut, neuron_basis
 from fastsae.analysis.paper_forms import PaperForm
-from fastsae.analysis.passes import take_survey
+from fastsae.analysis.passes import Watcher, take_survey
 from fastsae.analysis.proxies import DEFAULT, Proxy, proxies
 from fastsae.analysis.splitting import FeatureMap, Split, SplitConfig, Splitting, map_of
 from fastsae.analysis.stream import Read, Source
@@ -38,6 +38,7 @@ from fastsae.errors import FastSAEError
 from fastsae.files import write_json
 from fastsae.sae import SAE
 
+UNFINISHED = "unfinished"  # folder, in that of the results, of a pass that can go on
 _LOGIT_CONTEXTS = 8  # over which logit weights are averaged: the final norm differs little between tokens
 
 
@@ -66,6 +67,8 @@ class AnalyzeConfig:
     directions, a dictionary of a shuffled model; and for what a feature misses."""
     explain_features: int = 48
     """Features, drawn at random, that the offline explainer explains, and as many of each control; 0: none."""
+    explain_up_to: int = 2000
+    """Features that have an explanation on their page: those shown, then others at random; a tenth of a second each."""
     seed: int = 0
     """Seeds the samples and the features drawn."""
 
@@ -88,8 +91,9 @@ class AnalyzeConfig:
         ):
             if getattr(self, name) < 1:
                 raise FastSAEError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.explain_features < 0:
-            raise FastSAEError(f"explain_features must be at least 0, got {self.explain_features}")
+        for name in ("explain_features", "explain_up_to"):
+            if getattr(self, name) < 0:
+                raise FastSAEError(f"{name} must be at least 0, got {getattr(self, name)}")
 
 
 def analyze(
@@ -105,6 +109,7 @@ def analyze(
     control: tuple[SAE, Any] | None = None,
     widths: Sequence[SAE] = (),
     quality: dict | None = None,
+    resume: bool = True,
     show_progress: bool = True,
 ) -> dict:
     """Writes a site of all features (out/index.html), out/report.html on the categories, out/results.json,
@@ -115,7 +120,10 @@ def analyze(
     shuffled weights (universality.shuffled) and a dictionary trained on it; without one, other's dictionary reads a
     shuffled copy of its model. widths: narrower and wider dictionaries of the same model and hook, to see features
     split. quality: figures of training and evaluation to show beside. Categories that do not occur in both halves of
-    the text are left out.
+    the text are left out. resume: go on with the pass over the text where an analysis of the same things was
+    stopped in `out`, to the same bits.
+
+    Raises FastSAEError: what take_survey raises; an unfinished analysis of other things in `out`, or any without resume.
     """
     from fastsae import figures, report
 
@@ -126,11 +134,10 @@ def analyze(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     run = _Run(Source(sae, model, hook), tokenizer, documents, config, show_progress)
-    first = run.first(other, control, widths)
+    first = run.first(other, control, widths, out / UNFINISHED, resume)
     cards = Cards(first.survey)
     chosen = chosen_features(cards)
-    l0 = float(first.survey.sums["fires"].sum()) / max(cards.tokens(), 1)
-    second = run.second(control, chosen, l0)
+    second = run.second(control, chosen, first.survey.l0())
     controls = {name: Cards(survey) for name, survey in second.surveys.items() if name != "features"}
     known = Known(
         run.source, tokenizer, cards, controls, run.held_out, run.logits(), neuron_basis(sae.W_dec, k=5),
@@ -138,6 +145,8 @@ def analyze(
     )  # fmt: skip
     how = Effects(config.batch_size, config.sample_tokens, config.samples, config.seed)
     study = Study(known, how)
+    rows = [study.row(p, feature) for p, feature in chosen.items()]
+    asked = [study.row(study.closest_category(f), f) for f in config.features]
     results = {
         "hook": hook,
         "d_in": sae.cfg.d_in,
@@ -145,11 +154,11 @@ def analyze(
         "tokens": cards.tokens(),
         "documents": len(documents),
         "quality": quality or {},
-        "categories": [study.row(p, feature) for p, feature in chosen.items()],
-        "features": [study.row(study.closest_category(f), f) for f in config.features],
+        "categories": rows,
+        "features": asked,
         "universality": _universality(first.match),
         "splitting": _splitting(first.split, sae.cfg.d_sae, chosen, cards.survey.proxies),
-        "explain": run.explain(second.surveys) if config.explain_features else None,
+        "explain": run.explain(second.surveys, cards, [row["feature"] for row in (*rows, *asked)]),
     }
     results["goals"] = goals.table(results)
     first.survey.save(out / "survey.npz")
@@ -160,7 +169,19 @@ def analyze(
     write_json(out / "results.json", json.loads(json.dumps(results, default=float)))
     report.write(results, out)
     run.site(out, results, first, known)
+    shutil.rmtree(out / UNFINISHED, ignore_errors=True)
     return results
+
+
+class _Shown:
+    """A part of the pass that is shown something of every Read; see passes.Watcher."""
+
+    def __init__(self, part: Any, of: Callable[[Read], Any]) -> None:
+        self._part, self._of = part, of
+        self.arrays, self.load = part.arrays, part.load
+
+    def add(self, some: Read) -> None:
+        self._part.add(self._of(some))
 
 
 class _First(NamedTuple):
@@ -197,8 +218,9 @@ class _Run:
         )  # fmt: skip
 
     def first(
-        self, other: tuple[SAE, Any] | None, control: tuple[SAE, Any] | None, widths: Sequence[SAE]
-    ) -> _First:
+        self, other: tuple[SAE, Any] | None, control: tuple[SAE, Any] | None, widths: Sequence[SAE], out: Path,
+        resume: bool,
+    ) -> _First:  # fmt: skip
         sae, model, hook = self.source
         beside: list[Source] = []
         matching = splitting = None
@@ -216,17 +238,19 @@ class _Run:
             splitting = Splitting([one.cfg.d_sae for one in layers], SplitConfig())
             beside += [Source(one, model, hook) for one in widths]
 
-        def watch(some: Read) -> None:
-            if matching is not None:
-                kept = slice(0, 1 + compared)
-                matching.add(some._replace(xs=some.xs[kept], codes=some.codes[kept]))
-            if splitting is not None:
-                codes = dict(zip(map(id, [sae, *widths]), (some.codes[0], *some.codes[1 + compared :]), strict=True))
-                splitting.add([codes[id(one)] for one in layers])
+        also: dict[str, Watcher] = {}
+        if matching is not None:
+            kept = slice(0, 1 + compared)
+            also["match"] = _Shown(matching, lambda some: some._replace(xs=some.xs[kept], codes=some.codes[kept]))
+        if splitting is not None:
+            order = sorted(range(len(layers)), key=lambda i: ([sae, *widths][i]).cfg.d_sae)
+            also["split"] = _Shown(
+                splitting, lambda some: [(some.codes[0], *some.codes[1 + compared :])[i] for i in order]
+            )
 
         (survey,) = take_survey(
             self.source, self.tokenizer, self.documents, self.how, more_proxies=self.papers, beside=beside,
-            watch=watch, text=self.text, show_progress=self.show,
+            also=also, text=self.text, out=out, resume=resume, show_progress=self.show,
         )  # fmt: skip
         return _First(
             *paper_forms.taken_apart(survey, len(self.papers)), None if matching is None else matching.result(),
@@ -237,10 +261,7 @@ class _Run:
         """l0: features on per token, on average, as the first pass has found."""
         sae, model, hook = self.source
         limit = min(len(self.text), self.config.tokens or len(self.text))
-        sources = {"features": self.source, "neurons": Source(neurons_as_features(sae), model, hook)}
-        sources["random directions"] = Source(random_features(sae, l0, self.config.seed), model, hook)
-        misplaced: Any = Misplaced(sae, self.config.seed)
-        sources["misplaced features"] = Source(misplaced, model, hook)
+        sources = {"features": self.source, **control_sources(self.source, l0, self.config.seed)}
         if control is not None:
             sources["shuffled model"] = Source(*control, hook)
         counters = {p: GapCounter(f, sae.cfg.d_sae, seed=self.config.seed) for p, f in chosen.items()}
@@ -300,19 +321,34 @@ class _Run:
         except FastSAEError:
             return None
 
-    def explain(self, surveys: dict[str, Survey]) -> dict:
-        """Scores of the offline explainer on features and controls, from the same tokens, and what it said."""
-        groups = {
-            name: evidence_of(Cards(survey), live_features(survey, self.config.explain_features, self.config.seed))
-            for name, survey in surveys.items()
-        }
-        settings = ExplainConfig(seed=self.config.seed)
-        found = explain_features(groups, self.text.bytes_of, settings, show_progress=self.show)
-        said = sorted(found["results"]["features"], key=lambda one: -(one.spearman or 0))
-        return {
-            "summary": {name: {k: asdict(s) for k, s in row.items()} for name, row in found["summary"].items()},
-            "features": [[one.feature, one.explanation, one.spearman, one.detection] for one in said],
-        }
+    def explain(self, surveys: dict[str, Survey], cards: Cards, shown: Sequence[int]) -> dict | None:
+        """Scores of the offline explainer on features and controls, from the same tokens, and what it said; of more
+        features what it said alone, those `shown` first."""
+        count, more, seed = self.config.explain_features, self.config.explain_up_to, self.config.seed
+        drawn = {name: live_features(survey, count, seed) for name, survey in surveys.items()}
+        groups = {name: evidence_of(Cards(survey), drawn[name]) for name, survey in surveys.items() if drawn[name]}
+        summary, said = self._explained(groups)
+        known = {one[0] for one in said}
+        live = live_features(cards.survey, cards.survey.d_sae, seed)
+        rest = [f for f in dict.fromkeys([*(f for f in shown if f in set(live)), *live]) if f not in known]
+        rest = rest[: max(0, more - len(known))]
+        others = self._explained({"features": evidence_of(cards, rest)})[1] if rest else []
+        if not said and not others:
+            return None
+        return {"summary": summary, "features": said, "others": others}
+
+    def _explained(self, groups: dict[str, list]) -> tuple[dict, list[list]]:
+        """Means by group, and [feature, explanation, score, detection] of the features, best first."""
+        if not groups:
+            return {}, []
+        found = explain_features(
+            groups, self.text.bytes_of, ExplainConfig(seed=self.config.seed), show_progress=self.show
+        )
+        said = sorted(found["results"].get("features", []), key=lambda one: -(one.spearman or 0))
+        return (
+            {name: {k: asdict(s) for k, s in row.items()} for name, row in found["summary"].items()},
+            [[one.feature, one.explanation, one.spearman, one.detection] for one in said],
+        )
 
 
 def _universality(match: Match | None) -> dict | None:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from fastsae.analysis.cards import Cards
+from fastsae.analysis.controls import Misplaced, neurons_as_features, random_features
 from fastsae.analysis.examples import Evidence
 from fastsae.analysis.explain import ExplainConfig, cache_in, explain_features, explainer_of
 from fastsae.analysis.labels import TokenBytes, readable
@@ -98,7 +99,7 @@ def explain_dictionary(
         which = f"feature {silent[0]} never fires on one half of it" if silent else "no feature fires often enough"
         raise FastSAEError(f"expected text on which the features fire, but {which}: give more text, or other features")
     groups = {"features": pairs(survey, source, chosen)}
-    beside = control_sources(source, config.seed) if controls else {}
+    beside = control_sources(source, survey.l0(), config.seed) if controls else {}
     if control is not None:
         beside["shuffled model"] = control
     if beside:
@@ -111,14 +112,12 @@ def explain_dictionary(
     return explain_features(groups, text.bytes_of, config, out, explainer=explainer, show_progress=show_progress)
 
 
-def control_sources(source: Source, seed: int = 0) -> dict[str, Source]:
-    """What features are compared with, by name, on the same model and hook."""
-    from fastsae.analysis.analyze import Misplaced, neurons_as_features, random_features
-
+def control_sources(source: Source, l0: float, seed: int = 0) -> dict[str, Source]:
+    """What features are compared with, by name, on the same model and hook. l0: of the dictionary, measured."""
     misplaced: Any = Misplaced(source.sae, seed)
     made: Mapping[str, Any] = {
         "neurons": neurons_as_features(source.sae),
-        "random directions": random_features(source.sae, seed=seed),
+        "random directions": random_features(source.sae, l0, seed),
         "misplaced features": misplaced,
     }
     return {name: Source(sae, source.model, source.hook) for name, sae in made.items()}

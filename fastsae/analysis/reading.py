@@ -5,26 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from fastsae.analysis.checkpoint import Arrays, Checkpoint, dictionary_digest
-from fastsae.analysis.stream import Read, Source, read
+from fastsae.analysis.checkpoint import Arrays, Checkpoint, dictionary_digest, model_digest
+from fastsae.analysis.passes import Watcher
+from fastsae.analysis.stream import Read, Source, check_rank, read
 from fastsae.contexts import documents_digest
-from fastsae.errors import FastSAEError
 from fastsae.interrupt import uninterrupted
 from fastsae.progress import progress
-
-
-class Sums(Protocol):
-    """What a pass adds up, with its state as arrays."""
-
-    def add(self, some: Read) -> None: ...
-
-    def arrays(self) -> Arrays: ...
-
-    def load(self, arrays: Arrays) -> None: ...
 
 
 class _Place:
@@ -51,14 +41,8 @@ def pass_file(out: str | Path, title: str, rank: int = 0, world: int = 1) -> Pat
     return Path(out) / (f"{title}.pass.npz" if world == 1 else f"{title}.pass-{rank}-of-{world}.npz")
 
 
-def check_rank(rank: int, world: int) -> None:
-    """Raises FastSAEError for a rank that is not of this world."""
-    if not 0 <= rank < world:
-        raise FastSAEError(f"rank must be from 0 to world − 1, got rank {rank} of world {world}")
-
-
 def read_into(
-    sums: Sums,
+    sums: Watcher,
     sources: Sequence[Source],
     tokenizer: Any,
     documents: Sequence[Any],
@@ -87,6 +71,7 @@ def read_into(
     if out is not None:
         about = {
             "pass": title, "dictionaries": [dictionary_digest(source.sae) for source in sources],
+            "models": [model_digest(source.model) for source in sources],
             "hooks": [source.hook for source in sources], "documents": documents_digest(documents),
             "config": asdict(config), "rank": rank, "world": world,
         }  # fmt: skip
@@ -107,7 +92,7 @@ def read_into(
                 with uninterrupted():
                     sums.add(some)
                     place.add(some)
-                    batches += 1
+                    batches = some.number + 1
                 meter.advance((place.tokens if by_tokens else place.documents) - meter.done)
                 if checkpoint is not None:
                     checkpoint.save_if_due(parts, batches)

@@ -18,8 +18,8 @@ from torch import Tensor
 from fastsae.analysis.checkpoint import Arrays
 from fastsae.analysis.cross import FeatureSums, add_products, cosine, entries, joined, load_joined, row_blocks
 from fastsae.analysis.follows import Follows
-from fastsae.analysis.reading import check_rank, pass_file, read_into
-from fastsae.analysis.stream import Read, Source
+from fastsae.analysis.reading import pass_file, read_into
+from fastsae.analysis.stream import Read, Source, check_rank
 from fastsae.codes import SparseCode
 from fastsae.errors import FastSAEError, MissingDependencyError
 from fastsae.files import write_json

@@ -250,6 +250,10 @@ class Survey:
                 f"{theirs.get(key)} there; use another folder"
             )
 
+    def l0(self) -> float:
+        """Features that fire on a token, on average."""
+        return float(self.sums["fires"].sum()) / max(1, int(self.sums["tokens"].sum()))
+
     def merge(self, other: Survey) -> None:
         """Adds what another pass has learnt of the same features on other parts of the same text.
 

@@ -31,8 +31,8 @@ from fastsae.analysis.cross import (
 )
 from fastsae.analysis.logit_map import ContextSample, logit_map, unembedding
 from fastsae.analysis.matches import SHUFFLED, TRAINED, Match, MatchConfig
-from fastsae.analysis.reading import check_rank, pass_file, read_into
-from fastsae.analysis.stream import Read, Source
+from fastsae.analysis.reading import pass_file, read_into
+from fastsae.analysis.stream import Read, Source, check_rank
 from fastsae.analysis.text import scoring_half
 from fastsae.errors import FastSAEError, MissingDependencyError
 from fastsae.harvest import check_options

@@ -143,7 +143,8 @@ class Facts:
 
 def explanations_of(results: dict[str, Any]) -> dict[int, Explained]:
     """Feature → its explanation, from what `analysis.analyze` returns."""
-    found = (results.get("explain") or {}).get("features") or []
+    explain = results.get("explain") or {}
+    found = [*(explain.get("features") or []), *(explain.get("others") or [])]
     return {int(f): Explained(str(text), spearman, detection) for f, text, spearman, detection in found}
 
 
