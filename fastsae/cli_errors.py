@@ -10,8 +10,6 @@ from typing import Any
 
 _KINDS = {"INT": "a whole number", "FLOAT": "a number", "STR": "a text", "PATH": "a path"}
 _MANY = {"INT": "whole numbers", "FLOAT": "numbers", "STR": "texts", "PATH": "paths"}
-
-
 _START_OVER = ("automata",)  # writes into a folder, but begins anew in it
 
 

@@ -123,7 +123,7 @@ def analyze(
     the text are left out. resume: go on with the pass over the text where an analysis of the same things was
     stopped in `out`, to the same bits.
 
-    Raises FastSAEError: what take_survey raises; an unfinished analysis of other things in `out`, or any without resume.
+    Raises FastSAEError: what take_survey raises; an unfinished analysis there of other things, or any, without resume.
     """
     from fastsae import figures, report
 
