@@ -21,8 +21,7 @@ class HeldOut:
     """A few full contexts with every category and as many without, drawn at random, in the order drawn.
 
     ids: [B, T] int64. inside: [B, T, P] bool, whether a token belongs to a category. members: [V, P] float32, the share
-    of each vocabulary entry's occurrences, in all documents, that belong to it. special: [B, T] bool, the tokens that
-    are no text, on which no feature was surveyed.
+    of each vocabulary entry's occurrences, in all documents, that belong to it.
     """
 
     def __init__(
@@ -51,7 +50,6 @@ class HeldOut:
         order = sorted(kept, key=lambda start: kept[start][0])
         rows = [kept[start] for start in order]
         self.ids = torch.from_numpy(np.stack([row[1] for row in rows])) if rows else torch.zeros(0, context).long()
-        self.special = torch.isin(self.ids, torch.from_numpy(self._special))
         self.inside = torch.from_numpy(
             np.stack([row[2] for row in rows]) if rows else np.zeros((0, context, P), dtype=bool)
         )
