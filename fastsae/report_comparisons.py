@@ -88,7 +88,7 @@ def universality(results: Row) -> str:
                         "control_best_logit_pearson"))  # fmt: skip
     more = [
         ("paired one to one (Hungarian), held out", "one_to_one_held_out"), ("the same in-sample", "one_to_one"),
-        ("decoder rows of the pairs (cosine)", "decoder_cosine"),
+        ("decoder rows of the pairs (cosine; says something in one space only)", "decoder_cosine"),
         ("most alike decoder rows (cosine, in-sample)", "best_decoder_cosine"),
     ]  # fmt: skip
     extra = "; ".join(f"{name} {number(found[key])}" for name, key in more if found.get(key) is not None)

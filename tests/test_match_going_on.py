@@ -109,6 +109,7 @@ def test_a_pass_is_kept_once_a_minute(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError):
         patch.setattr(checkpoint, "SECONDS", 0.0)
+        patch.setattr(checkpoint, "TIMES", 0)
         patch.setattr(Splitting, "add", add)
         split(sources, tokenizer, TEXTS, out=tmp_path, **HOW)
     calls = passes(sources[0].model)
@@ -158,9 +159,9 @@ def test_ranks_merge_to_the_split_of_one_process():
 @pytest.mark.parametrize(("rank", "world"), [(-1, 2), (2, 2), (0, 0)])
 def test_a_rank_is_of_its_world(rank, world):
     a, b, tokenizer = pair()
-    with pytest.raises(FastSAEError, match="rank must be from 0 to world − 1"):
+    with pytest.raises(FastSAEError, match="expected a rank from 0 to world − 1"):
         read_match(a, b, tokenizer, TEXTS, rank=rank, world=world, **MATCH)
-    with pytest.raises(FastSAEError, match="rank must be from 0 to world − 1"):
+    with pytest.raises(FastSAEError, match="expected a rank from 0 to world − 1"):
         read_split([a, a], tokenizer, TEXTS, rank=rank, world=world, **HOW)
 
 
@@ -209,7 +210,7 @@ def test_the_verbs_go_on_and_take_a_control(tmp_path, monkeypatch, capsys):
 def test_the_verb_split_goes_on(tmp_path, monkeypatch, capsys):
     from fastsae.analysis import splitting
 
-    monkeypatch.setattr(splitting, "draw_map", lambda *_: None)
+    monkeypatch.setattr(splitting, "draw_map", lambda *_, **__: None)
     more = saved(tmp_path)
     argv = ["split", "--saes", str(tmp_path / "sae-a"), str(tmp_path / "wide"), *more, "--out"]
     assert cli.main([*argv, str(tmp_path / "whole")]) == 0

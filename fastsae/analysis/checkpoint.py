@@ -18,7 +18,7 @@ from fastsae.errors import FastSAEError
 from fastsae.files import replace_file
 from fastsae.sae import SAE
 
-SECONDS = 60.0  # between two checkpoints
+SECONDS, TIMES = 60.0, 20  # between two checkpoints: at least so long, and so many times what writing one takes
 
 Arrays = dict[str, np.ndarray]
 
@@ -75,7 +75,7 @@ class Checkpoint:
         arrays = {f"{name}/{key}": array for name, part in parts.items() for key, array in part.arrays().items()}
         save_arrays(self.path, arrays, self._about | {"batches": batches})
         self._saved = time.monotonic()
-        self._pause = max(SECONDS, 20 * (self._saved - begun))
+        self._pause = max(SECONDS, TIMES * (self._saved - begun))
 
     def save_if_due(self, parts: Mapping[str, Part], batches: int) -> None:
         """Once a minute, or less often where that would take more than a twentieth of the time."""

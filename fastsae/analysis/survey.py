@@ -75,6 +75,8 @@ class SurveyConfig:
     """Of everything drawn at random."""
 
     def __post_init__(self) -> None:
+        if unnamed := [one for one in self.categories if not isinstance(one, str)]:
+            raise FastSAEError(f"categories are names, got {unnamed[0]!r}: give functions and proxies as more_proxies")
         for name in ("context", "batch_size", "top", "per_interval", "windows", "cofiring_tokens"):
             if getattr(self, name) < 1:
                 raise FastSAEError(f"{name} must be at least 1, got {getattr(self, name)}")

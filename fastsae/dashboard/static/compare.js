@@ -11,7 +11,7 @@ fastsae.page("compare", async (main) => {
   }
   const live = it.pearson.filter((r) => r !== null);
   const names = { pearson: "features", held_out: "features, held out", assigned_pearson: "one to one", assigned_held_out: "one to one, held out",
-    logit_pearson: "logit weights", best_logit_pearson: "logit weights, most alike", decoder_cosine: "decoder rows (cosine)", best_decoder_cosine: "decoder rows, most alike (cosine)",
+    logit_pearson: "logit weights", best_logit_pearson: "logit weights, most alike", decoder_cosine: "decoder rows (cosine; says something in one space only)", best_decoder_cosine: "decoder rows, most alike (cosine)",
     control: `control: ${it.control_kind ?? "a model with shuffled weights"}`, control_held_out: "control, held out", control_logit_pearson: "control, logit weights",
     control_best_logit_pearson: "control, logit weights, most alike", neurons: "neurons", neurons_held_out: "neurons, held out",
     neurons_logit_pearson: "neurons, logit weights", neurons_best_logit_pearson: "neurons, logit weights, most alike" };
