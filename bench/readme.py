@@ -162,7 +162,7 @@ PAPER_GOALS = {
     "Arabic feature, Pearson with the proxy": "0.74",
     "Arabic specificity, upper half of the range": "98 % (above activation 5)",
     "best match in the other run, Pearson": "0.91",
-    "best match in the other run, Pearson, held out": "0.91 (not held out)",
+    "best match in the other run, Pearson, held out": "0.91 in-sample",
 }
 PAPER_PEARSON = {"Arabic": "0.74", "DNA": "0.80", "base64": "0.38", "Hebrew": "0.55"}
 

@@ -10,15 +10,18 @@ fastsae.page("compare", async (main) => {
     return;
   }
   const live = it.pearson.filter((r) => r !== null);
-  const names = { pearson: "features", held_out: "features, held out", assigned_pearson: "one to one", assigned_held_out: "one to one, held out",
-    logit_pearson: "logit weights", best_logit_pearson: "logit weights, most alike", decoder_cosine: "decoder rows (cosine; says something in one space only)", best_decoder_cosine: "decoder rows, most alike (cosine)",
-    control: `control: ${it.control_kind ?? "a model with shuffled weights"}`, control_held_out: "control, held out", control_logit_pearson: "control, logit weights",
-    control_best_logit_pearson: "control, logit weights, most alike", neurons: "neurons", neurons_held_out: "neurons, held out",
-    neurons_logit_pearson: "neurons, logit weights", neurons_best_logit_pearson: "neurons, logit weights, most alike" };
+  const m = it.medians;
+  const rows = [
+    ["features", m.pearson, m.held_out, m.logit_pearson, m.best_logit_pearson],
+    ["features, one to one", m.assigned_pearson, m.assigned_held_out],
+    ["neurons", m.neurons, m.neurons_held_out, m.neurons_logit_pearson, m.neurons_best_logit_pearson],
+    [`control: ${it.control_kind ?? "a model with shuffled weights"}`, m.control, m.control_held_out, m.control_logit_pearson, m.control_best_logit_pearson],
+  ].filter(([, r]) => (r ?? null) !== null).map(([name, ...all]) => [name, ...[0, 1, 2, 3].map((i) => (all[i] ?? null) === null ? "" : fixed(all[i]))]);
   main.append(
-    h("p", { class: "lead" }, `For each of ${count(live.length)} features${it.sampled ? " (a sample)" : ""} that fire often enough, the feature of the other dictionary that follows it best over ${count(it.tokens)} tokens. Held out, it is chosen on one half of the documents and scored on the other; every other r of activations, and what is “most alike”, is a maximum that is scored where it was chosen.`),
+    h("p", { class: "lead" }, `For each of ${count(live.length)} features${it.sampled ? " (a sample)" : ""} that fire often enough, the feature of the other dictionary that follows it best over ${count(it.tokens)} tokens. Held out, it is chosen on one half of the documents and scored on the other; every other r, and what is most alike, is a maximum that is scored where it was chosen.`),
     h("div", { class: "two" },
-    h("section", null, h("h2", null, "Medians"), fastsae.table(["", "median r"], Object.entries(it.medians).filter(([, r]) => r !== null).map(([name, r]) => [names[name] ?? name, fixed(r)]), { label: "Medians" })),
+    h("section", null, h("h2", null, "Medians"), fastsae.table(["", "r", "held out", "logit weights", "most alike in them"], rows, { label: "Medians" }),
+      (m.decoder_cosine ?? null) !== null && h("p", { class: "soft" }, `Cosine of decoder rows: ${fixed(m.decoder_cosine)} with the match, ${fixed(m.best_decoder_cosine)} with the row most alike; it says something only where both dictionaries read one space.`)),
     h("section", null, h("h2", null, "How alike"), picture())),
     h("section", null, h("h2", null, "Feature by feature"), pairs()));
 
