@@ -73,8 +73,9 @@ def load(
 
 def _folder(source: str | os.PathLike[str], revision: str | None) -> Path:
     folder = Path(source)
-    if folder.is_dir():
-        return folder
+    if folder.is_dir():  # a training run keeps its dictionary in sae/
+        inner = folder / "sae"
+        return inner if not (folder / LAYOUT.about).exists() and (inner / LAYOUT.about).exists() else folder
     if folder.exists():
         raise CheckpointError(f"expected a folder with {LAYOUT.about} and {LAYOUT.single}, got the file {folder}")
     name = str(source)

@@ -164,7 +164,7 @@ def evaluate(
 
     network, tokenizer = load_model(model)
     documents = corpus.load(text, "heldout", text_field)
-    dictionary = load_sae(sae)
+    dictionary = load_sae(sae, model, hook)
     found = fastsae.evaluate(dictionary, network, tokenizer, documents, hook, config)
     return quality(dictionary, found).to_dict()
 
@@ -210,15 +210,19 @@ def analyze(
     claim_folder(out, "analysis", {**given, "analyze": asdict(config)}, resume=True)
     network, tokenizer = load_model(model)
     other, control = (
-        None if folder is None or name is None else (load_sae(folder), load_model(name)[0])
+        None if folder is None or name is None else (load_sae(folder, name, hook), load_model(name)[0])
         for folder, name in ((other_sae, other_model), (control_sae, control_model))
     )
     documents = corpus.load(text, "heldout", text_field)
     found = run(
-        load_sae(sae), network, tokenizer, documents, hook, out, config, other=other, control=control,
+        load_sae(sae, model, hook), network, tokenizer, documents, hook, out, config, other=other, control=control,
         widths=[load_sae(width) for width in widths],
     )  # fmt: skip
-    return {**found, "report": str(out / "report.html")}
+    rare = {
+        f"left out: {row['name']}": "{} and {} of the tokens in the two halves: too rare".format(*row["tokens"])
+        for row in found["left_out"]
+    }
+    return {**found, **rare, "report": str(out / "report.html")}
 
 
 def estimate(

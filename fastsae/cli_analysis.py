@@ -11,7 +11,7 @@ from fastsae.analysis.splitting import SplitConfig
 from fastsae.analysis.steering import SteerConfig, Steering
 from fastsae.errors import FastSAEError
 from fastsae.files import claim_folder
-from fastsae.inputs import load_model, load_sae
+from fastsae.inputs import check_features, load_model, load_sae
 from fastsae.lm import MLP_HOOK
 
 try:
@@ -77,7 +77,8 @@ def match(
     if control_sae is not None and control_model is not None:
         control = Source(load_sae(control_sae), beside(control_model), other_hook or hook)
     documents = corpus.load(text, "heldout", text_field)
-    sources = Source(load_sae(sae), network, hook), Source(load_sae(other_sae), other, other_hook or hook)
+    there = (other_model or model, other_hook or hook)
+    sources = Source(load_sae(sae, model, hook), network, hook), Source(load_sae(other_sae, *there), other, there[1])
     found = universality.match(*sources, tokenizer, documents, config, control=control, out=out, resume=True)
     medians = {f"median {name}": value for name, value in found.medians().items()}
     return {
@@ -123,7 +124,7 @@ def split(
     claim_folder(out, "split", {**given, "split": asdict(config)}, resume=True)
     network, tokenizer = load_model(model)
     documents = corpus.load(text, "heldout", text_field)
-    dictionaries = [load_sae(sae) for sae in saes]
+    dictionaries = [load_sae(sae, model, hook) for sae in saes]
     sources = [Source(sae, network, hook) for sae in dictionaries]
     found = splitting.read_split(sources, tokenizer, documents, config, out=out, resume=True).result()
     found.save(out / "split.json")
@@ -162,7 +163,7 @@ def steer(
     from fastsae import corpus
     from fastsae.analysis import steering
 
-    dictionary = load_sae(sae)
+    dictionary = load_sae(sae, model, hook)
     network, tokenizer = load_model(model)
     measured: dict[int, float] = {}
     if config.needs_maxima:
@@ -283,6 +284,8 @@ def explain(
 
     if (control_sae is None) != (control_model is None):
         raise FastSAEError("control_sae and control_model go together, got one of them")
+    dictionary = load_sae(sae, model, hook)
+    check_features(features, dictionary)
     given = {"sae": sae, "model": model, "hook": hook, "text": text, "tokens": tokens, "context": context}
     claim_folder(out, "explain", given, resume=True)
     network, tokenizer = load_model(model)
@@ -294,7 +297,7 @@ def explain(
         control = Source(load_sae(control_sae), other, hook)
     documents = corpus.load(text, "heldout", text_field)
     found = explain_dictionary(
-        Source(load_sae(sae), network, hook), tokenizer, documents, features, config,
+        Source(dictionary, network, hook), tokenizer, documents, features, config,
         SurveyConfig(categories=(), tokens=tokens, context=context, seed=config.seed), count=count,
         controls=controls, control=control, out=out,
     )  # fmt: skip

@@ -6,7 +6,7 @@ from pathlib import Path
 from fastsae.analysis.automata import AutomataConfig, Edge
 from fastsae.analysis.contributions import AttributeConfig, Contributions
 from fastsae.files import claim_folder, write_json
-from fastsae.inputs import load_model, load_sae
+from fastsae.inputs import check_features, load_model, load_sae
 from fastsae.lm import MLP_HOOK
 
 try:
@@ -48,11 +48,13 @@ def automata(
     from fastsae.analysis.stream import Source
     from fastsae.visible import visible
 
+    dictionary = load_sae(sae, model, hook)
+    check_features([*features, *start], dictionary)
     given = {"sae": sae, "model": model, "hook": hook, "text": text, "features": features}
     claim_folder(out, "automata", {**given, "automata": asdict(config)}, resume=True)
     network, tokenizer = load_model(model)
     documents = corpus.load(text, "heldout", text_field)
-    source = Source(load_sae(sae), network, hook)
+    source = Source(dictionary, network, hook)
     found = module.automata(source, tokenizer, documents, config, features=features or None)
     bytes_of = TokenBytes.of(tokenizer)
 
@@ -100,7 +102,7 @@ def attribute(
     if out is not None:
         given = {"sae": sae, "model": model, "hook": hook, "text": text}
         claim_folder(out, "attribute", {**given, "attribute": asdict(config)}, resume=True)
-    dictionary = load_sae(sae)
+    dictionary = load_sae(sae, model, hook)
     network, tokenizer = load_model(model)
     documents = () if config.prompts else corpus.load(text, "heldout", text_field)
     found = contributions(dictionary, network, tokenizer, hook, documents, config)

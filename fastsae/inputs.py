@@ -1,9 +1,14 @@
 """What the verbs of the command line read by name: a language model, a dictionary."""
 
+import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fastsae.errors import FastSAEError
 from fastsae.sae import SAE
+from fastsae.train import RESULT
 
 
 def load_model(name: str) -> tuple[Any, Any]:
@@ -25,6 +30,31 @@ def quiet() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
-def load_sae(folder: Path) -> SAE:
-    """The SAE in a folder, or in the sae/ folder of a training run."""
-    return SAE.from_pretrained(folder / "sae" if (folder / "sae" / "cfg.json").exists() else folder)
+def load_sae(folder: Path, model: str | None = None, hook: str | None = None) -> SAE:
+    """The SAE in a folder, or in the sae/ folder of a training run.
+
+    model, hook: what is to be read with it; where the training run says that it was another, a warning goes to stderr.
+    """
+    sae = SAE.from_pretrained(folder)
+    for name, given, known in zip(("model", "module"), (model, hook), _trained_on(folder), strict=True):
+        if given is not None and known is not None and Path(given).name != Path(known).name:
+            sys.stderr.write(f"warning: {folder} was trained on the {name} {known}, and reads {given} now\n")
+    return sae
+
+
+def _trained_on(folder: Path) -> tuple[str | None, str | None]:
+    """Model and hook that fastsae.train noted, in the run's folder or the one above its sae/."""
+    for path in (folder / RESULT, folder.parent / RESULT):
+        if path.is_file():
+            try:
+                noted = json.loads(path.read_text(encoding="utf-8")).get("activations") or {}
+                return noted.get("model"), noted.get("hook")
+            except (ValueError, AttributeError):
+                break
+    return None, None
+
+
+def check_features(features: Sequence[int], sae: SAE) -> None:
+    """Raises FastSAEError for a number that is none of the dictionary's features."""
+    if bad := [f for f in features if not 0 <= f < sae.cfg.d_sae]:
+        raise FastSAEError(f"features must be numbers from 0 to {sae.cfg.d_sae - 1}, got {bad[0]}")

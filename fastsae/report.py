@@ -115,8 +115,15 @@ def _intro(results: dict) -> str:
         "this module. For every category of text below, the feature that follows it best was picked on one half of the "
         f"held-out documents and scored on the other half ({results['tokens']:,} tokens in {results['documents']:,} "
         "documents in all). The method is that of “Towards Monosemanticity” (Bricken et al. 2023), at a much smaller scale.</p>"
-        f"<nav>{links} <a href='#words'>What the numbers mean</a></nav>"
+        f"<nav>{links} <a href='#words'>What the numbers mean</a></nav>{_left_out(results.get('left_out') or [])}"
     )
+
+
+def _left_out(rows: list[dict]) -> str:
+    if not rows:
+        return ""
+    names = ", ".join(f"{row['name']} ({row['tokens'][0]:,} and {row['tokens'][1]:,} tokens)" for row in rows)
+    return f"<p>Too rare in one half of this text to be looked at: {escape(names)}.</p>"
 
 
 def _goals(goals: list[dict]) -> str:

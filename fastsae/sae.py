@@ -335,7 +335,7 @@ class SAE(nn.Module):
     def from_pretrained(
         cls, source: str | os.PathLike[str], *, device: torch.device | str | None = None, revision: str | None = None
     ) -> SAE:
-        """The SAE that save_pretrained wrote to a folder, or the one under a Hugging Face hub id. In training mode.
+        """The SAE in a folder of save_pretrained of a training run, or of a Hugging Face hub id. In training mode.
 
         Raises CheckpointError where either is missing, incomplete or of another format.
         """

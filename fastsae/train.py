@@ -201,12 +201,17 @@ class _Run:
         about = {"step": self.step, "resampled": self.resampled, **self.train_step.numbers}
         shards.write(self.out / CHECKPOINT, self.tensors, about)
 
+    def _summary(self) -> dict[str, Any]:
+        """The last row of the log, the configuration, and what the activations are of, where a harvest has noted it."""
+        noted = {key: self.store.meta[key] for key in ("model", "hook") if key in self.store.meta}
+        return self.last | {"config": asdict(self.config)} | ({"activations": noted} if noted else {})
+
     def finish(self) -> SAE:
         """Save the SAE in its final form, drop the checkpoint."""
         self.train_step.restore_order()
         self.sae.eval()
         if self.out is not None:
             self.sae.save_pretrained(self.out / FOLDER)
-            write_json(self.out / RESULT, self.last | {"config": asdict(self.config)})
+            write_json(self.out / RESULT, self._summary())
             shutil.rmtree(self.out / CHECKPOINT, ignore_errors=True)
         return self.sae

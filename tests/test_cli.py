@@ -51,10 +51,10 @@ def test_analyze_passes_controls_and_widths_on(monkeypatch, tmp_path, capsys):
 
     def analyze(*args, **options):
         asked.update(options)
-        return {}
+        return {"left_out": [{"name": "Thai", "tokens": [3, 0]}]}
 
     monkeypatch.setattr(fastsae.analysis, "analyze", analyze)
-    monkeypatch.setattr(cli, "load_sae", lambda folder: folder.name)
+    monkeypatch.setattr(cli, "load_sae", lambda folder, *_: folder.name)
     monkeypatch.setattr(cli, "load_model", lambda name: (name, "tokenizer"))
     argv = ["analyze", "--sae", "A", "--model", "M", "--out", str(tmp_path / "out")]
     assert cli.main([*argv, "--control-sae", "C", "--control-model", "S", "--widths", "narrow", "wide"]) == 0

@@ -30,7 +30,7 @@ from fastsae.analysis.passes import Watcher, take_survey
 from fastsae.analysis.proxies import DEFAULT, Proxy, proxies
 from fastsae.analysis.splitting import FeatureMap, Split, SplitConfig, Splitting, map_of
 from fastsae.analysis.stream import Read, Source
-from fastsae.analysis.study import Effects, Known, Study, chosen_features
+from fastsae.analysis.study import Effects, Known, Study, chosen_features, left_out
 from fastsae.analysis.survey import Survey, SurveyConfig
 from fastsae.analysis.text import Text
 from fastsae.analysis.universality import Matching, shuffled
@@ -155,6 +155,7 @@ def analyze(
         "documents": len(documents),
         "quality": quality or {},
         "categories": rows,
+        "left_out": left_out(cards),
         "features": asked,
         "universality": _universality(first.match),
         "splitting": _splitting(first.split, sae.cfg.d_sae, chosen, cards.survey.proxies),

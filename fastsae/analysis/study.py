@@ -72,6 +72,17 @@ def chosen_features(cards: Cards) -> dict[int, int]:
     }
 
 
+def left_out(cards: Cards) -> list[dict]:
+    """Categories that chosen_features leaves out, with their tokens in either half."""
+    chosen = chosen_features(cards)
+    members = [(cards.base_rate(half) * cards.tokens(half)).round().astype(int) for half in (CHOOSE, SCORE)]
+    return [
+        {"name": name, "tokens": [int(members[CHOOSE][p]), int(members[SCORE][p])]}
+        for p, name in enumerate(cards.survey.proxies)
+        if p not in chosen
+    ]
+
+
 class Study:
     """Rows of the report."""
 

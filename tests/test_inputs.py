@@ -1,0 +1,48 @@
+"""What verbs read by name: dictionaries of training runs, and whether they are read with what they were trained on."""
+
+import pytest
+import torch
+
+import fastsae
+from fastsae.errors import FastSAEError
+from fastsae.inputs import check_features, load_sae
+from fastsae.store import MemoryStore
+
+
+def trained(tmp_path, **meta):
+    store = MemoryStore(torch.randn(256, 8))
+    store.meta.update(meta)
+    config = fastsae.TrainConfig(d_in=8, d_sae=16, k=2, activation="topk", tokens=256, batch_size=64)
+    fastsae.train(store, config, tmp_path / "run", show_progress=False)
+    return tmp_path / "run"
+
+
+def test_the_folder_of_a_run_is_that_of_its_dictionary(tmp_path):
+    run = trained(tmp_path)
+    both = fastsae.SAE.from_pretrained(run), fastsae.SAE.from_pretrained(run / "sae")
+    assert torch.equal(both[0].W_dec, both[1].W_dec)
+
+
+def test_another_model_or_module_than_it_was_trained_on_is_told(tmp_path, capsys):
+    run = trained(tmp_path, model="/long/ago/lm-a", hook="layers.1")
+    for folder in (run, run / "sae"):
+        load_sae(folder, "here/lm-a", "layers.1")
+        assert capsys.readouterr().err == ""  # models move
+        load_sae(folder, "lm-b", "layers.2")
+        first, second = capsys.readouterr().err.splitlines()
+        assert first.endswith("was trained on the model /long/ago/lm-a, and reads lm-b now")
+        assert second.endswith("was trained on the module layers.1, and reads layers.2 now")
+
+
+def test_a_dictionary_of_unknown_origin_is_read_in_silence(tmp_path, capsys):
+    load_sae(trained(tmp_path), "lm-b", "layers.2")
+    fastsae.SAE(d_in=4, d_sae=8, k=2).save_pretrained(tmp_path / "alone")
+    load_sae(tmp_path / "alone", "lm-b", "layers.2")
+    assert capsys.readouterr().err == ""
+
+
+def test_features_that_there_are_not():
+    sae = fastsae.SAE(d_in=4, d_sae=8, k=2)
+    check_features([0, 7], sae)
+    with pytest.raises(FastSAEError, match="features must be numbers from 0 to 7, got 8"):
+        check_features([3, 8], sae)
