@@ -133,8 +133,8 @@ class Running:
         if self._folder is not None:
             self._files = [self._folder / f"survey-{i}.npz" for i in range(len(surveys))]
             rank, world, *covered = surveys[0].parts[0]
-            about = about | {"rank": rank, "world": world, "covered": covered, "proxies": surveys[0].proxies}
-            about |= vars(surveys[0].config) | {"also": sorted(self._also)}
+            asked = {**vars(surveys[0].config), "rank": rank, "world": world, "covered": covered}
+            about = asked | {"proxies": surveys[0].proxies, "also": sorted(self._also)} | about  # names before digests
             self._place = Checkpoint(self._folder / PASS, about)
             self._place_also = Checkpoint(self._folder / ALSO, about)
             self._begin(resume)
