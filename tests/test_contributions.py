@@ -132,4 +132,4 @@ def test_automata_from_the_command_line(saved, tmp_path: Path, capsys: pytest.Ca
     shown = capsys.readouterr().out
     assert f"chain from {source}" in shown and shown.count("chain from") == 1 and shown.count("→") <= 2
     assert main([*argv, "--min-logit", "0", "--start", "99"]) == 2
-    assert "feature 99 is no state" in capsys.readouterr().err
+    assert "features must be numbers from 0 to 29, got 99" in capsys.readouterr().err
