@@ -109,7 +109,7 @@ def facts(F: int = 100, V: int = 2000, seed: int = 0, **changes: Any) -> Facts:
         "results": {"quality": {"a": {"eval": {"l0": 12.0, "fve": 0.8}}}, "categories": [
             {"name": name, "feature": p, "pearson": 0.7, "neuron_pearson": 0.3, "specificity": 0.8, "base_rate": 0.01}
             for p, name in enumerate(PROXIES)
-        ]},
+        ], "left_out": [{"name": "hex <b>", "tokens": [3, 1200]}]},
         "logits": Logits(rng.integers(0, V, (F, k)), values, rng.integers(0, V, (F, k)), -values, -values[:, 0],
                          values[:, 0], counts),
         "neighbours": Neighbours(rng.integers(0, F, (F, k)), values / 3),

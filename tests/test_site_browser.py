@@ -134,6 +134,7 @@ def test_a_telephones_width_is_enough(browser, report, route):
 
 def test_the_overview_draws_densities_map_and_splitting(reader: Reader, facts: Facts):
     page = reader.go("#/")
+    assert "Too rare in one half of the text to be looked at: hex <b> (3 and 1,200 tokens)." in page.inner_text("main")
     assert page.text_content("h1") == f"{F} features of model.layers.3.mlp"
     reader.draw_all()
     drawn = page.evaluate("""() => {

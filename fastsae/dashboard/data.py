@@ -229,6 +229,7 @@ def overview(facts: Facts) -> dict[str, Any]:
         "categories": [
             {name: row.get(name) for name in _CATEGORY} for row in results.get("categories") or []
         ],
+        "left_out": results.get("left_out") or [],
         "goals": results.get("goals") or [],
         "has": {
             "logits": facts.logits is not None, "match": facts.match is not None, "split": facts.split is not None,

@@ -155,7 +155,7 @@ def _span(window: dict[str, Any], places: list[int], highest: float) -> str:
     strength = max(values) / highest if highest else 0.0
     style = f"border-radius:3px;background:rgba({_HOT},{0.12 + 0.5 * strength:.2f})" if strength else ""
     if window["at"] in places:
-        style += f";box-shadow:inset 0 -2px rgb({_HOT})"
+        style += f";border-bottom:2px solid rgb({_HOT})"
     # Bytes that make no character are written in Latin letters, which must not turn the text around them.
     apart = "<span dir='ltr' style='opacity:.7;font-size:.75em'>"
     shown = _BYTES.sub(lambda found: f"{apart}{found[0]}</span>", escape(window["tokens"][places[-1]]))

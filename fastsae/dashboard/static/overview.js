@@ -18,7 +18,7 @@ fastsae.page("overview", async (main) => {
         "The feature that follows each category best, chosen on one half of the documents and scored on the other.",
         table(["category", "feature", "Pearson’s r", "neuron’s r", "specific", "base rate"], it.categories.map((row) => [
           row.name, link(row.feature), fixed(row.pearson), fixed(row.neuron_pearson), percent(row.specificity), percent(row.base_rate),
-        ]), { label: "Best feature of every category" })),
+        ]), { label: "Best feature of every category" }), tooRare(it.left_out ?? [])),
       section("How often features fire", densityNote(it.density), density(it.density))),
     it.has.map ? section("Map",
       "Decoder rows in the plane (UMAP): what lies together points the same way. Clusters are HDBSCAN’s of this plane, grey is in none. " +
@@ -36,6 +36,11 @@ fastsae.page("overview", async (main) => {
 
   function section(title, note, ...children) {
     return h("section", null, h("h2", null, title), note && h("p", { class: "soft" }, note), children);
+  }
+
+  function tooRare(rows) {
+    const names = rows.map(({ name, tokens: [a, b] }) => `${name} (${count(a)} and ${count(b)} tokens)`).join(", ");
+    return names && h("p", { class: "soft" }, `Too rare in one half of the text to be looked at: ${names}.`);
   }
 
   function densityNote({ ultra_low, why }) {
