@@ -191,6 +191,7 @@ def serve(
     other_hook: str | None = None,
     host: str = "127.0.0.1",
     port: int = 8300,
+    allow_host: tuple[str, ...] = (),
 ) -> dict:
     """Show a report in the browser, with live questions to the model: what fires on a text, what an edit changes.
 
@@ -213,6 +214,7 @@ def serve(
         other_hook: Module path of that dictionary; left out, the same one.
         host: Address to listen on. Whoever can reach it can read the report and use the model.
         port: Port to listen on; 0 takes a free one.
+        allow_host: Names, besides this machine's own, under which browsers may call the server: of a proxy before it.
     """
     from fastsae.dashboard import run
     from fastsae.dashboard.stored import Stored
@@ -225,12 +227,12 @@ def serve(
         )  # fmt: skip
         live, note = run.open_live(stored, inputs)
         if note is not None:
-            _say(note)
+            _say(note if live is None else f"warning: {note}")
         if not run.is_loopback(host):
             _say(f"warning: whoever can reach {host} can read this report and use the model: there is no password")
         address = run.address(socket)
         _say(f"{address} (Ctrl-C to end)")
-        run.serve(stored, live, note, host, socket)
+        run.serve(stored, live, note, host, socket, allow_host)
     return {"served": address}
 
 

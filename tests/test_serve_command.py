@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from fastsae.analysis.stream import Source
 from fastsae.analysis.survey import Survey
 from fastsae.dashboard import run
 from fastsae.dashboard.live import Live
+from fastsae.dashboard.run import Inputs
 from fastsae.dashboard.server import create_app
 from fastsae.dashboard.stored import Stored
 from fastsae.errors import FastSAEError
@@ -115,6 +117,55 @@ def test_the_model_is_the_one_that_the_report_remembers(folder: Path, tmp_path: 
 def test_addresses():
     assert run.is_loopback("127.0.0.1") and run.is_loopback("::1") and run.is_loopback("localhost")
     assert not run.is_loopback("0.0.0.0") and not run.is_loopback("example.org") and not run.is_loopback("::")
+
+
+def test_another_dictionary_or_model_than_the_reports_is_told(folder: Path, tmp_path: Path, capsys: Any):
+    sae, model = save_run(tmp_path)
+    asked = Inputs(sae, str(model), HOOK, given=True)
+    live, note = run.open_live(Stored(folder), asked)
+    assert live is not None and note is None
+    live.source.sae.save_pretrained(tmp_path / "other")
+    with torch.no_grad():
+        live.source.sae.W_dec.mul_(2)
+        live.source.model.transformer.wte.weight.mul_(2)
+    live.source.sae.save_pretrained(tmp_path / "other")
+    live.source.model.save_pretrained(model)
+    live, note = run.open_live(Stored(folder), replace(asked, sae=tmp_path / "other"))
+    assert live is not None and note is not None and "another dictionary and model than the report" in note
+    with TestClient(create_app(folder, live, note=note), base_url=LOCAL) as client:
+        assert client.get("/api/status").json()["note"] == note
+        assert client.post("/api/activations", json={"text": "x"}).status_code == 200
+
+
+def test_a_model_with_another_tokenizer_is_refused(folder: Path, tmp_path: Path):
+    sae, model = save_run(tmp_path)
+    stored = Stored(folder)
+    stored.overview["tokenizer"] = "0" * 16
+    with pytest.raises(FastSAEError, match="made with another tokenizer than"):
+        run.open_live(stored, Inputs(sae, str(model), HOOK, given=True))
+    live, note = run.open_live(stored, Inputs(sae, str(model), HOOK))  # as remembered
+    assert live is None and note is not None and "another tokenizer" in note
+
+
+@pytest.mark.parametrize("kind", ["flipped", "short", "without maximum"])
+def test_a_damaged_survey_is_one_line(folder: Path, tmp_path: Path, kind: str):
+    shutil.copytree(folder, tmp_path / "report")
+    path = tmp_path / "report" / "survey.npz"
+    whole = bytearray(path.read_bytes())
+    if kind == "flipped":
+        whole[200:260] = bytes(60)  # of the first array
+        path.write_bytes(whole)
+    elif kind == "short":
+        path.write_bytes(whole[: len(whole) // 2])
+    else:
+        with np.load(path) as file:
+            np.savez(path, **{name: file[name] for name in file.files if name not in ("maximum", "about")})
+    stored = Stored(tmp_path / "report")
+    with pytest.raises(FastSAEError, match="survey.npz is damaged"):
+        _ = [stored.maximum, stored.of, *(stored.proxy_sums(p) for p in range(2))]
+    with TestClient(create_app(tmp_path / "report"), base_url=LOCAL) as client:
+        assert client.get("/api/features/3").status_code == 200
+        assert client.post("/api/proxies", json={"name": "Arabic"}).status_code in (202, 400)
 
 
 def test_the_survey_is_not_needed(folder: Path, tmp_path: Path):

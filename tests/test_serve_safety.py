@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import socket
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -13,7 +14,7 @@ import pytest
 
 pytest.importorskip("fastapi")
 
-from fastsae.dashboard import schemas
+from fastsae.dashboard import run, schemas
 from fastsae.dashboard.live import Live
 from fastsae.dashboard.server import create_app
 from tests.serve_case import hostile, post
@@ -142,6 +143,17 @@ def test_pages_of_other_sites_are_not_answered(folder: Path):
     # Without a preflight a page may send text/plain only: that is no question.
     assert raw(app, "/api/proxies", "POST", {"content-type": "text/plain"}, body)[0] == 422
     assert raw(create_app(folder, None, hosts=None), "/api/status", headers={"host": "box.lan"})[0] == 200
+
+
+def test_an_open_address_still_answers_to_known_names_only(folder: Path):
+    hosts = run.names("0.0.0.0", ["sae.example.org"])
+    app = create_app(folder, None, hosts=hosts, addresses=True)
+    for host in ("192.168.1.7:8300", "[fe80::1]:8300", "sae.example.org", socket.gethostname(), "localhost:8300"):
+        assert raw(app, "/api/status", headers={"host": host})[0] == 200, host
+    for host in ("evil.example", "1.2.3.4.evil.example", "", "999.1.1.1"):  # a name may lead here from anywhere
+        status, _, body = raw(app, "/api/status", headers={"host": host})
+        assert status == 400 and b"IP addresses only" in body and b"--allow-host" in body, host
+    assert run.names("127.0.0.1") == ("127.0.0.1", "localhost", "[::1]", "127.0.0.1")
 
 
 def test_bodies_are_bounded_with_and_without_their_length(folder: Path):

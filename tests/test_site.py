@@ -15,6 +15,7 @@ import torch
 
 import fastsae
 from fastsae.analysis.cards import Cards
+from fastsae.analysis.evidence import CHOOSE, SCORE
 from fastsae.analysis.labels import TokenBytes
 from fastsae.analysis.logit_map import LogitMap
 from fastsae.analysis.passes import take_survey
@@ -23,6 +24,7 @@ from fastsae.analysis.stream import Source
 from fastsae.analysis.text import Text
 from fastsae.dashboard import data, site
 from fastsae.dashboard.facts import (
+    FOLLOWS,
     Explained,
     Facts,
     explanations_of,
@@ -174,6 +176,54 @@ def test_a_folder_without_a_report_or_with_a_damaged_one(report: Path, tmp_path:
         site.read_overview(tmp_path)
 
 
+def damaged(folder: Path, name: str, value: Any) -> None:
+    (folder / "data" / f"{name}.js").write_text(f'fastsae.put("{name}",{json.dumps(value)});\n', "utf-8")
+
+
+def test_files_that_do_not_fit_together(facts: Facts, tmp_path: Path):
+    site.write_site(tmp_path, facts, show_progress=False)
+    overview = site._read(tmp_path, "overview")
+    for damage in ({"d_sae": "many"}, {"about": None}, {"about": []}, {"proxies": None}):
+        damaged(tmp_path, "overview", overview | damage)
+        for read in (site.read_overview, site.read_rows, lambda folder: site.read_card(folder, 3)):
+            with pytest.raises(FastSAEError, match="damaged|expected a fastsae-site"):
+                read(tmp_path)
+    damaged(tmp_path, "overview", overview)
+    rows = site._read(tmp_path, "rows-0")
+    for damage in ({}, {"feature": []}, {**rows, "density": rows["density"][1:]}, [1], None):
+        damaged(tmp_path, "rows-0", damage)
+        with pytest.raises(FastSAEError, match="do not fit together"):
+            site.read_rows(tmp_path)
+    cards = site._read(tmp_path, "cards-0")
+    for damage in ({}, {**cards, "cards": cards["cards"][:2]}, {**cards, "cards": cards["cards"][1:]}, None, 3):
+        damaged(tmp_path, "cards-0", damage)
+        with pytest.raises(FastSAEError, match="do not fit together"):
+            site.read_card(tmp_path, 3)
+    (tmp_path / "data" / "cards-0.js").write_bytes(b'fastsae.put("cards-0",\xff);\n')
+    with pytest.raises(FastSAEError, match="damaged"):
+        site.read_card(tmp_path, 3)
+    (tmp_path / "data" / "cards-0.js").unlink()
+    (tmp_path / "data" / "cards-0.js").mkdir()
+    with pytest.raises(FastSAEError, match="cannot be read"):
+        site.read_card(tmp_path, 3)
+
+
+def test_a_feature_that_follows_no_category(facts: Facts):
+    r = [half.copy() for half in facts.pearson]
+    r[CHOOSE][5], r[SCORE][5] = FOLLOWS - 0.01, 0.9
+    r[CHOOSE][6, 2], r[SCORE][6, 2] = 0.8, 0.3
+    r[SCORE][6, 4] = 0.7  # better, but not where features are chosen
+    changed = replace(facts)
+    changed.__dict__["pearson"] = tuple(r)
+    rows, names = data.feature_rows(changed), changed.cards.survey.proxies
+    assert rows["proxy"][5:7] == [-1, 2] and rows["score"][5:7] == [None, 0.3]
+    card = data.feature_card(changed, 6)
+    assert card["follows"] == [names[2], 0.3] == card["proxies"][0]
+    assert data.feature_card(changed, 5)["follows"] is None
+    columns = data.feature_map(changed)
+    assert columns is not None and columns["category"][5:7] == [None, 2]
+
+
 def test_cards_too_large_for_one_file_are_spread_over_several(facts: Facts, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(site, "_LARGEST", 100_000)
     site.write_site(tmp_path, facts, show_progress=False)
@@ -204,10 +254,13 @@ def test_a_card_says_what_the_survey_holds(facts: Facts):
     counts = card["histogram"]["counts"]
     assert counts == survey.sums["histogram"].sum(0)[f, : len(counts)].tolist()
     assert card["histogram"]["width"] * len(counts) >= card["max"] * 0.999
-    n = site_case.TOKENS / 2
-    p, s = survey.sums["p"][1], {name: survey.sums[name][1, f] for name in ("f", "ff", "fp")}
-    r = (n * s["fp"] - s["f"] * p) / np.sqrt((n * s["ff"] - s["f"] ** 2) * (n * p - p**2))
-    np.testing.assert_allclose([v for _, v in card["proxies"]], np.sort(r)[::-1], rtol=6e-3, atol=1e-4)
+    n, halves = site_case.TOKENS / 2, []
+    for half in (CHOOSE, SCORE):
+        p, s = survey.sums["p"][half], {name: survey.sums[name][half, f] for name in ("f", "ff", "fp")}
+        halves.append((n * s["fp"] - s["f"] * p) / np.sqrt((n * s["ff"] - s["f"] ** 2) * (n * p - p**2)))
+    order = np.argsort(-halves[CHOOSE])  # scored where they were not chosen
+    np.testing.assert_allclose([v for _, v in card["proxies"]], halves[SCORE][order], rtol=6e-3, atol=1e-4)
+    assert [name for name, _ in card["proxies"]] == [survey.proxies[i] for i in order]
 
 
 def test_neighbours_are_those_of_all_cosines():

@@ -10,7 +10,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,23 +18,25 @@ import torch
 
 from fastsae.analysis import goals, paper_forms
 from fastsae.analysis.cards import Cards
-from fastsae.analysis.evidence import contexts_map, control_sources, evidence_of, live_features
-from fastsae.analysis.explain import ExplainConfig, explain_features
+from fastsae.analysis.evidence import contexts_map, control_sources
 from fastsae.analysis.gaps import GapCounter, Gaps
 from fastsae.analysis.held_out import HeldOut
 from fastsae.analysis.logit_map import LogitMap
 from fastsae.analysis.matches import SHUFFLED, TRAINED, Match, MatchConfig
 from fastsae.analysis.neurons import ClosestHeldOut, neuron_basis
+from fastsae.analysis.pages import Pages
 from fastsae.analysis.paper_forms import PaperForm
 from fastsae.analysis.passes import Watcher, take_survey
 from fastsae.analysis.proxies import DEFAULT, Proxy, proxies
-from fastsae.analysis.splitting import FeatureMap, Split, SplitConfig, Splitting, map_of
+from fastsae.analysis.quality import quality as quality_of
+from fastsae.analysis.splitting import Split, SplitConfig, Splitting
 from fastsae.analysis.stream import Read, Source
 from fastsae.analysis.study import Effects, Known, Study, chosen_features, left_out
 from fastsae.analysis.survey import Survey, SurveyConfig
 from fastsae.analysis.text import Text
 from fastsae.analysis.universality import Matching, shuffled
 from fastsae.errors import FastSAEError
+from fastsae.evaluate import EvalConfig, evaluate
 from fastsae.files import write_json
 from fastsae.sae import SAE
 
@@ -69,6 +71,11 @@ class AnalyzeConfig:
     """Features, drawn at random, that the offline explainer explains, and as many of each control; 0: none."""
     explain_up_to: int = 2000
     """Features that have an explanation on their page: those shown, then others at random; a tenth of a second each."""
+    effects_up_to: int = 100
+    """Features that have ΔNLL under the strongest examples on their page: those shown, then others at random; each
+    costs a forward pass for every example."""
+    quality_tokens: int = 100_000
+    """Tokens on which the dictionary is evaluated for the table of quality, at most; 0: no table."""
     seed: int = 0
     """Seeds the samples and the features drawn."""
 
@@ -91,7 +98,7 @@ class AnalyzeConfig:
         ):
             if getattr(self, name) < 1:
                 raise FastSAEError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("explain_features", "explain_up_to"):
+        for name in ("explain_features", "explain_up_to", "effects_up_to", "quality_tokens"):
             if getattr(self, name) < 0:
                 raise FastSAEError(f"{name} must be at least 0, got {getattr(self, name)}")
 
@@ -119,9 +126,9 @@ def analyze(
     of another run with the same tokenizer, in which every feature is looked for. control: (SAE, model) of a model with
     shuffled weights (universality.shuffled) and a dictionary trained on it; without one, other's dictionary reads a
     shuffled copy of its model. widths: narrower and wider dictionaries of the same model and hook, to see features
-    split. quality: figures of training and evaluation to show beside. Categories that do not occur in both halves of
-    the text are left out. resume: go on with the pass over the text where an analysis of the same things was
-    stopped in `out`, to the same bits.
+    split. quality: figures of training and evaluation to show beside; None evaluates the dictionary. Categories that do
+    not occur in both halves of the text are left out. resume: go on with the pass over the text where an analysis of
+    the same things was stopped in `out`, to the same bits.
 
     Raises FastSAEError: what take_survey raises; an unfinished analysis there of other things, or any, without resume.
     """
@@ -147,19 +154,21 @@ def analyze(
     study = Study(known, how)
     rows = [study.row(p, feature) for p, feature in chosen.items()]
     asked = [study.row(study.closest_category(f), f) for f in config.features]
+    shown = [row["feature"] for row in (*rows, *asked)]
+    pages = Pages(sae, hook, cards, run.text.bytes_of, config.seed, show_progress)
     results = {
         "hook": hook,
         "d_in": sae.cfg.d_in,
         "d_sae": sae.cfg.d_sae,
         "tokens": cards.tokens(),
-        "documents": len(documents),
-        "quality": quality or {},
+        "documents": cards.documents(),
+        "quality": run.quality() if quality is None else quality,
         "categories": rows,
         "left_out": left_out(cards),
         "features": asked,
         "universality": _universality(first.match),
         "splitting": _splitting(first.split, sae.cfg.d_sae, chosen, cards.survey.proxies),
-        "explain": run.explain(second.surveys, cards, [row["feature"] for row in (*rows, *asked)]),
+        "explain": pages.explained(second.surveys, shown, config.explain_features, config.explain_up_to),
     }
     results["goals"] = goals.table(results)
     first.survey.save(out / "survey.npz")
@@ -169,7 +178,12 @@ def analyze(
         first.match.save(out / "match.json")
     write_json(out / "results.json", json.loads(json.dumps(results, default=float)))
     report.write(results, out)
-    run.site(out, results, first, known)
+    pages.write(
+        out, results, logits=known.logits, match=first.match, split=first.split, layers=run.layers,
+        effects=pages.effects(
+            model, tokenizer, run.text, pages.drawn(shown, config.effects_up_to), config.batch_size
+        ),
+    )  # fmt: skip
     shutil.rmtree(out / UNFINISHED, ignore_errors=True)
     return results
 
@@ -291,65 +305,16 @@ class _Run:
         ids = self.held_out.ids[:_LOGIT_CONTEXTS]
         return contexts_map(self.source, ids, self.tokenizer.bos_token_id is not None) if len(ids) else None
 
-    def site(self, out: Path, results: dict, first: _First, known: Known) -> None:
-        """out/index.html and what it shows of all features."""
-        from fastsae.dashboard import facts, site
-
-        sae, cards = self.source.sae, known.cards
-        shown = [row["feature"] for row in (*results["categories"], *results["features"])]
-        layers = [] if first.split is None else self.layers
-        about = facts.Facts(
-            cards, self.text.bytes_of, self.source.hook, results,
-            logits=None if known.logits is None else facts.logits_of(known.logits, sae, len(self.text.bytes_of)),
-            neighbours=facts.neighbours_of(sae),
-            match=first.match,
-            split=first.split,
-            map=self._map(layers or [sae], first.split),
-            layer=0 if first.split is None else first.split.widths.index(sae.cfg.d_sae),
-            ultra_low=facts.ultra_low_of(sae, cards),
-            explanations=facts.explanations_of(results),
-            effects=facts.window_effects(
-                self.source, self.tokenizer, self.text, cards, sorted(set(shown)), batch_size=self.config.batch_size
-            ),
-        )  # fmt: skip
-        site.write_site(out, about, show_progress=self.show)
-
-    def _map(self, layers: Sequence[SAE], split: Split | None) -> FeatureMap | None:
-        """None where too few features fire to be mapped, or umap is not installed."""
-        try:
-            keep = None if split is None else [part > 0 for part in split.density]
-            return map_of([one.W_dec for one in layers], keep, seed=self.config.seed)
-        except FastSAEError:
-            return None
-
-    def explain(self, surveys: dict[str, Survey], cards: Cards, shown: Sequence[int]) -> dict | None:
-        """Scores of the offline explainer on features and controls, from the same tokens, and what it said; of more
-        features what it said alone, those `shown` first."""
-        count, more, seed = self.config.explain_features, self.config.explain_up_to, self.config.seed
-        drawn = {name: live_features(survey, count, seed) for name, survey in surveys.items()}
-        groups = {name: evidence_of(Cards(survey), drawn[name]) for name, survey in surveys.items() if drawn[name]}
-        summary, said = self._explained(groups)
-        known = {one[0] for one in said}
-        live = live_features(cards.survey, cards.survey.d_sae, seed)
-        rest = [f for f in dict.fromkeys([*(f for f in shown if f in set(live)), *live]) if f not in known]
-        rest = rest[: max(0, more - len(known))]
-        others = self._explained({"features": evidence_of(cards, rest)})[1] if rest else []
-        if not said and not others:
-            return None
-        return {"summary": summary, "features": said, "others": others}
-
-    def _explained(self, groups: dict[str, list]) -> tuple[dict, list[list]]:
-        """Means by group, and [feature, explanation, score, detection] of the features, best first."""
-        if not groups:
-            return {}, []
-        found = explain_features(
-            groups, self.text.bytes_of, ExplainConfig(seed=self.config.seed), show_progress=self.show
-        )
-        said = sorted(found["results"].get("features", []), key=lambda one: -(one.spearman or 0))
-        return (
-            {name: {k: asdict(s) for k, s in row.items()} for name, row in found["summary"].items()},
-            [[one.feature, one.explanation, one.spearman, one.detection] for one in said],
-        )
+    def quality(self) -> dict:
+        """What `evaluate` finds on the first tokens of the text; empty without any."""
+        config = self.config
+        if not config.quality_tokens:
+            return {}
+        tokens = min(config.quality_tokens, config.tokens or config.quality_tokens)
+        how = EvalConfig(tokens=tokens, context=config.context, batch_size=config.batch_size)
+        sae, model, hook = self.source
+        found = evaluate(sae, model, self.tokenizer, self.documents, hook, how, show_progress=self.show)
+        return {"a": {"eval": quality_of(sae, found, seed=config.seed).to_dict()}}
 
 
 def _universality(match: Match | None) -> dict | None:

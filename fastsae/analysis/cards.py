@@ -51,6 +51,17 @@ class Cards:
         """How many were read."""
         return int(self._sum("tokens", half))
 
+    def documents(self) -> int:
+        """Of how many documents tokens were read; of a store read in part, how many are in it."""
+        first, limit = self.survey.first, self.survey.config.tokens
+        read = first[1:] > first[:-1]
+        if self.survey.of.get("rows") == "in random order":
+            here = np.zeros(len(read), dtype=bool)
+            for _, _, low, high in self.survey.parts:
+                here[low:high] = True
+            return int((read & here).sum())
+        return int((read & (first[:-1] < (limit or first[-1]))).sum())
+
     def density(self, half: Half = None) -> np.ndarray:
         """Share of the tokens on which each feature fires: [F]."""
         return self._sum("fires", half) / max(self.tokens(half), 1)

@@ -8,6 +8,7 @@ Axes: N tokens, V vocabulary, B bytes of text, C characters.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -59,6 +60,13 @@ class TokenBytes:
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
+
+    @cached_property
+    def digest(self) -> str:
+        """A fingerprint, to know a tokenizer again."""
+        found = hashlib.blake2b(self.data.tobytes(), digest_size=8)
+        found.update(self.offsets.astype(np.int64).tobytes())
+        return found.hexdigest()
 
     @cached_property
     def lengths(self) -> np.ndarray:

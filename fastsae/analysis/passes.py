@@ -260,7 +260,7 @@ def survey_of_store(
         )
     survey = Survey(sae.cfg.d_sae, sae.cfg.d_in, tuple(proxy.name for proxy in chosen), config)
     survey.of = {"dictionary": dictionary_digest(sae), "model": store.meta.get("model"), "hook": store.meta.get("hook")}
-    survey.of |= {"documents": documents_digest(documents), "text": text.digest}
+    survey.of |= {"documents": documents_digest(documents), "text": text.digest, "rows": "in random order"}
     survey.parts = [(rank, world, low, high)]
     running = Running([survey], None, None, out, resume, survey.of | {"store": store.identity})
     if running.finished:

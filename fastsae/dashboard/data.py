@@ -61,6 +61,7 @@ def feature_card(facts: Facts, f: int, spelling: Spelling | None = None) -> dict
         "bottom": [_window(example.cut(_around(facts)[1]), spell) for example in cards.bottom(f, BOTTOM)],
         "logits": _logits(facts, f, spell),
         "proxies": _proxies(facts, f),
+        "follows": _follows(facts, f),
         "neurons": _pairs(facts.neurons.neurons[f], facts.neurons.pearson[f]) if facts.neurons is not None else None,
         "similar": _pairs(facts.neighbours.features[f], facts.neighbours.cosine[f]) if facts.neighbours else None,
         "cofiring": _cofiring(facts, f),
@@ -133,9 +134,15 @@ def _logits(facts: Facts, f: int, spell: Spelling) -> dict[str, Any] | None:
 
 
 def _proxies(facts: Facts, f: int) -> list[list[Any]]:
-    """[name, Pearson's r on the half where features are scored], best first."""
-    names, r = facts.cards.survey.proxies, facts.pearson[SCORE][f]
-    return [[names[p], short(r[p])] for p in np.argsort(-r, kind="stable").tolist()]  # NaN comes last
+    """[name, Pearson's r on the half where features are scored], in the order of r on the other half."""
+    names, (chosen, r) = facts.cards.survey.proxies, (half[f] for half in facts.pearson)
+    return [[names[p], short(r[p])] for p in np.argsort(-chosen, kind="stable").tolist()]  # NaN comes last
+
+
+def _follows(facts: Facts, f: int) -> list[Any] | None:
+    """[name, r], as in the list of features; None of one that follows no category."""
+    p = int(facts.best_proxy[f])
+    return None if p < 0 else [facts.cards.survey.proxies[p], short(facts.pearson[SCORE][f, p])]
 
 
 def _cofiring(facts: Facts, f: int) -> list[list[Any]] | None:
@@ -188,6 +195,7 @@ def feature_rows(facts: Facts, low: int = 0, high: int | None = None) -> dict[st
     part, spell = slice(low, high), Spelling(facts.bytes_of)
     best = facts.best_proxy[part]
     score = facts.pearson[SCORE][np.arange(low, high), best] if facts.cards.survey.proxies else np.zeros(high - low)
+    score = np.where(best < 0, np.nan, score)
     tokens, weights = facts.logits and facts.logits.top[part, 0], facts.logits and facts.logits.top_values[part, 0]
     said = [facts.explanations.get(f) for f in numbers]
     low_density = np.zeros(high - low) if facts.ultra_low is None else facts.ultra_low.members[part].numpy()
@@ -218,10 +226,11 @@ def overview(facts: Facts) -> dict[str, Any]:
     density = cards.density()
     return {
         "hook": facts.hook,
+        "tokenizer": facts.bytes_of.digest,
         "d_in": cards.survey.d_in,
         "d_sae": facts.d_sae,
         "tokens": cards.tokens(),
-        "documents": len(cards.survey.first) - 1,
+        "documents": cards.documents(),
         "proxies": list(cards.survey.proxies),
         "dead": int((density == 0).sum()),
         "density": density_histogram(facts),
@@ -335,7 +344,7 @@ def _map_colours(facts: Facts) -> dict[str, list[Any]]:
         density.append(short(densities[layer][f]) if layer in densities else None)
         known = bool(names) and layer == facts.layer_of_map
         p = int(facts.best_proxy[f]) if known else -1
-        score = float(facts.pearson[SCORE][f, p]) if known else math.nan
+        score = math.nan if p < 0 else float(facts.pearson[SCORE][f, p])
         category.append(p if math.isfinite(score) else None)
         r.append(short(score) if math.isfinite(score) else None)
     return {"density": density, "category": category, "r": r}
@@ -349,6 +358,6 @@ def _cluster_names(facts: Facts) -> dict[str, str]:
         return {}
     for feature, cluster in facts.clusters.items():
         p = int(facts.best_proxy[feature])
-        if facts.pearson[SCORE][feature, p] > 0.2:
+        if p >= 0 and facts.pearson[SCORE][feature, p] > 0.2:
             votes[cluster, p] += 1
     return {str(cluster): names[p] for (cluster, p), n in votes.items() if 2 * n > sizes[cluster]}

@@ -29,10 +29,13 @@ from fastsae.analysis.stream import Source
 from fastsae.analysis.text import Text
 from fastsae.analysis.universality import Match
 from fastsae.errors import FastSAEError
+from fastsae.progress import progress
 from fastsae.sae import SAE
 
 LOGIT_BINS = 40
+FOLLOWS = 0.1  # Pearson's r, on the half where features are chosen, below which a feature follows no category
 _BLOCK = 1024  # decoder rows compared at once
+_AT_ONCE = 16  # features whose effects are measured together: some share contexts
 
 
 class Logits(NamedTuple):
@@ -112,10 +115,12 @@ class Facts:
 
     @cached_property
     def best_proxy(self) -> np.ndarray:
-        """[F], the proxy that each feature follows best on the half where features are chosen; −1 without proxies."""
+        """[F], the proxy that each feature follows best on the half where features are chosen; −1 where it follows
+        none (r below FOLLOWS)."""
         if not self.cards.survey.proxies:
             return np.full(self.d_sae, -1)
-        return np.nan_to_num(self.pearson[CHOOSE], nan=-1.0).argmax(1)
+        r = np.nan_to_num(self.pearson[CHOOSE], nan=-1.0)
+        return np.where(r.max(1) >= FOLLOWS, r.argmax(1), -1)
 
     @cached_property
     def neurons(self) -> ClosestNeurons | None:
@@ -187,7 +192,7 @@ def ultra_low_of(sae: SAE, cards: Cards) -> UltraLow:
 
 def window_effects(
     source: Source, tokenizer: Any, text: Text, cards: Cards, features: Iterable[int], *, n: int = 20,
-    batch_size: int = 16,
+    batch_size: int = 16, show_progress: bool = False,
 ) -> dict[int, list[np.ndarray]]:  # fmt: skip
     """ΔNLL, nats, of every token of each feature's top n windows when the feature is set to 0 over their contexts.
     The tokenizer's special tokens are not edited, and 0 is told of them.
@@ -196,21 +201,27 @@ def window_effects(
     """
     body = cards.survey.config.context - (tokenizer.bos_token_id is not None)
     lead = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    contexts, owners, places = [], [], []
-    for feature in features:
-        for example in cards.top(feature, n):
-            first, end = (int(text.first[example.document + step]) for step in (0, 1))
-            start = example.position // body * body  # a document's contexts begin at multiples of the body
-            ids = text.ids[first + start : min(first + start + body, end)]
-            contexts.append(np.concatenate([lead, ids]).astype(np.int64))
-            owners.append(feature)
-            begin = len(lead) + example.position - start - example.at
-            places.append(slice(begin, begin + len(example.token_ids)))
-    changes = ablation(
-        source.sae, source.model, source.hook, contexts, owners, batch_size=batch_size,
-        special=tokenizer.all_special_ids,
-    )  # fmt: skip
-    found: dict[int, list[np.ndarray]] = {feature: [] for feature in features}
-    for feature, place, change in zip(owners, places, changes, strict=True):
-        found[feature].append(change[place])
+    found: dict[int, list[np.ndarray]] = {}
+    features = list(features)
+    with progress("effects", len(features), "features", show=show_progress) as meter:
+        for begin in range(0, len(features), _AT_ONCE):
+            some = features[begin : begin + _AT_ONCE]
+            contexts, owners, places = [], [], []
+            for feature in some:
+                for example in cards.top(feature, n):
+                    first, end = (int(text.first[example.document + step]) for step in (0, 1))
+                    start = example.position // body * body  # a document's contexts begin at multiples of the body
+                    ids = text.ids[first + start : min(first + start + body, end)]
+                    contexts.append(np.concatenate([lead, ids]).astype(np.int64))
+                    owners.append(feature)
+                    low = len(lead) + example.position - start - example.at
+                    places.append(slice(low, low + len(example.token_ids)))
+            changes = ablation(
+                source.sae, source.model, source.hook, contexts, owners, batch_size=batch_size,
+                special=tokenizer.all_special_ids,
+            )  # fmt: skip
+            found |= {feature: [] for feature in some}
+            for feature, place, change in zip(owners, places, changes, strict=True):
+                found[feature].append(change[place])
+            meter.advance(len(some))
     return found

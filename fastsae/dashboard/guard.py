@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
@@ -30,15 +31,17 @@ HEADERS = {
 
 
 class Guard:
-    """ASGI middleware. hosts: names under which the server may be called, None for any.
+    """ASGI middleware. hosts: names under which the server may be called, None for any; addresses: and under any IP
+    address, which is no name that could lead here from elsewhere.
 
     A page of another site could make a browser call a server on this machine: under a name of its own that leads here
     (so only known names are answered), or across sites (so what changes something must come from a page of ours).
     body: bytes that a request may have.
     """
 
-    def __init__(self, app: Any, hosts: Sequence[str] | None, body: int) -> None:
+    def __init__(self, app: Any, hosts: Sequence[str] | None, body: int, addresses: bool = False) -> None:
         self.app, self.hosts, self.body = app, None if hosts is None else {h.lower() for h in hosts}, body
+        self.addresses = addresses
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -67,8 +70,9 @@ class Guard:
 
     def _refused(self, scope: Any, headers: dict[bytes, bytes]) -> tuple[int, str] | None:
         host = headers.get(b"host", b"").decode("latin-1").lower()
-        if self.hosts is not None and _name(host) not in self.hosts:
-            return 400, f"this server answers to {', '.join(sorted(self.hosts))} only: open it under that name"
+        if self.hosts is not None and _name(host) not in self.hosts and not (self.addresses and _is_address(host)):
+            known = ", ".join(sorted(self.hosts)) + (" and IP addresses" if self.addresses else "")
+            return 400, f"this server answers to {known} only: open it so, or start it with --allow-host"
         origin = headers.get(b"origin")
         if scope["method"] not in ("GET", "HEAD", "OPTIONS") and origin is not None:
             try:
@@ -102,6 +106,14 @@ def _name(host: str) -> str:
     if host.startswith("["):
         return host[: host.find("]") + 1]
     return host.rsplit(":", 1)[0] if ":" in host else host
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(_name(host).strip("[]"))
+    except ValueError:
+        return False
+    return True
 
 
 def _again(body: bytes, receive: Any) -> Any:

@@ -1,6 +1,7 @@
 """A feature's card in a notebook: HTML that stands by itself, without scripts, everything from text escaped.
 
     fastsae.show(1234, "report/")          # from the site that analyze wrote
+    fastsae.show(1235)                     # from the same one
     fastsae.show(1234, facts)              # from what is at hand
 
 Axes: W tokens of a window.
@@ -45,27 +46,37 @@ class Shown:
         return f"<div style='font:14px/1.5 system-ui,sans-serif;max-width:60em'>{''.join(parts)}</div>"
 
 
-def show(feature: int, source: str | Path | Facts, *, examples: int = 20) -> Shown:
+_last: str | Path | Facts = "report"  # what `show` showed a feature of
+
+
+def show(feature: int, source: str | Path | Facts | None = None, *, examples: int = 20) -> Shown:
     """The card of a feature, for the last line of a notebook's cell.
 
-    source: the folder of a report, or Facts. examples: of the strongest and of the weakest, how many.
+    source: the folder of a report, or Facts; left out, the one of the call before, at first the folder "report".
+    examples: of the strongest and of the weakest, how many.
     Raises FastSAEError for a folder without a report, or a feature that it does not have.
     """
+    global _last
+    source = _last if source is None else source
     card = data.feature_card(source, feature) if isinstance(source, Facts) else site.read_card(source, feature)
+    _last = source
     return Shown(card, examples)
 
 
 def _head(card: dict[str, Any]) -> str:
     said = card["explanation"]
     facts = [f"fires on {_percent(card['density'])} of tokens", f"maximum {_number(card['max'])}"]
-    if card["proxies"] and card["fires"]:
-        name, r = card["proxies"][0]
+    if card.get("follows") and card["fires"]:
+        name, r = card["follows"]
         facts.append(f"{name}: r {_number(r)}")
     if card["match"]:
         facts.append(f"in the other run: feature {card['match']['feature']}, r {_number(card['match']['pearson'])}")
     # What an explanation quotes is kept apart: else a list of Arabic tokens would run from right to left.
     quoted = re.sub("`[^`]*`", lambda found: f"<bdi>{found[0]}</bdi>", escape(said["text"])) if said else ""
-    line = f"<p style='margin:.2em 0'><bdi>{quoted}</bdi></p>" if said else ""
+    names = {"spearman": "simulation ρ", "detection": "detection"}
+    scores = [f"{word} {_number(said[name])}" for name, word in names.items() if said and said.get(name) is not None]
+    score = f" <span style='opacity:.75'>{escape(' · '.join(scores))}</span>" if scores else ""
+    line = f"<p style='margin:.2em 0'><bdi>{quoted}</bdi>{score}</p>" if said else ""
     return (
         f"<p style='font-size:1.3em;font-weight:600;margin:.2em 0'>Feature {card['feature']}</p>{line}"
         f"<p style='opacity:.75;margin:.2em 0'>{escape(' · '.join(facts))}</p>"
@@ -82,6 +93,9 @@ def _columns(card: dict[str, Any]) -> str:
         for name, key in (("Makes likelier", "top"), ("Makes less likely", "bottom")):
             rows = [(f"<bdi>{escape(text)}</bdi>", f"{value:+.2f}") for text, value in logits[key]]
             parts.append(_list(name, rows))
+    if card["proxies"] and card["fires"]:
+        rows = [(f"<bdi>{escape(name)}</bdi>", f"r {_number(r)}") for name, r in card["proxies"][:5]]
+        parts.append(_list("Proxies", rows))
     for name, key, word in (
         ("Nearest neurons", "neurons", "neuron"),
         ("Similar decoder rows", "similar", "feature"),
@@ -160,6 +174,9 @@ def _span(window: dict[str, Any], places: list[int], highest: float) -> str:
     apart = "<span dir='ltr' style='opacity:.7;font-size:.75em'>"
     shown = _BYTES.sub(lambda found: f"{apart}{found[0]}</span>", escape(window["tokens"][places[-1]]))
     title = " | ".join(_number(value) for value in values)
+    if "effects" in window:
+        change = sum(window["effects"][place] for place in places)
+        title += f", ΔNLL {change:+.3f}".replace("-", "−")
     return f"<span style='{style}' title='{title}'>{shown}</span>"
 
 

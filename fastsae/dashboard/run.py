@@ -6,13 +6,16 @@ import errno
 import ipaddress
 import json
 import socket as sockets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fastsae.analysis.checkpoint import dictionary_digest, model_digest
+from fastsae.analysis.labels import TokenBytes
 from fastsae.analysis.stream import Source
+from fastsae.dashboard.guard import LOOPBACK
 from fastsae.dashboard.live import Live
 from fastsae.dashboard.stored import Stored
 from fastsae.errors import FastSAEError, MissingDependencyError
@@ -65,11 +68,13 @@ class Inputs:
 
 
 def open_live(stored: Stored, inputs: Inputs) -> tuple[Live | None, str | None]:
-    """(live, None), or (None, why there is none). Raises FastSAEError where what was named on purpose cannot be had."""
+    """(live, what to bear in mind or None), or (None, why there is none). Raises FastSAEError where what was named on
+    purpose cannot be had."""
     if inputs.sae is None or inputs.model is None:
         return None, "live questions are off: the report does not say what it was made of; give --sae and --model"
     try:
-        return _live(stored, inputs, inputs.sae, inputs.model), None
+        live = _live(stored, inputs, inputs.sae, inputs.model)
+        return live, _doubt(stored, live)
     except (FastSAEError, OSError) as error:
         if inputs.given:
             raise
@@ -82,20 +87,39 @@ def _live(stored: Stored, inputs: Inputs, sae: Path, model: str) -> Live:
     from fastsae.inputs import load_model, load_sae
 
     hook = inputs.hook or MLP_HOOK
-    dictionary = load_sae(sae)
+    dictionary = load_sae(sae, model, hook)
     network, tokenizer = load_model(model)
+    if stored.tokenizer not in (None, TokenBytes.of(tokenizer).digest):
+        raise FastSAEError(f"the report was made with another tokenizer than {model}'s: give the report's own model")
     other = None
     if inputs.other_sae is not None:
         own = inputs.other_model in (None, model)
         second, words = (network, tokenizer) if own else load_model(str(inputs.other_model))
         if words.get_vocab() != tokenizer.get_vocab():
             raise FastSAEError(f"{model} and {inputs.other_model} must share a tokenizer to be compared")
-        other = Source(load_sae(inputs.other_sae), second, inputs.other_hook or hook)
+        beside = inputs.other_hook or hook
+        other = Source(load_sae(inputs.other_sae, inputs.other_model or model, beside), second, beside)
     documents = corpus.load(inputs.text or "builtin", "heldout", inputs.text_field)
     return Live(
         Source(dictionary, network, hook), tokenizer, documents, maximum=stored.maximum, context=stored.context or 128,
         other=other, name=Path(model).name,
     )  # fmt: skip
+
+
+def _doubt(stored: Stored, live: Live) -> str | None:
+    """What is asked of is not what the report was made of."""
+    of, source = stored.of, live.source
+    here = {"dictionary": dictionary_digest(source.sae), "hook": source.hook}
+    if "rows" not in of:  # the survey of a store knows the model's name alone
+        here["model"] = model_digest(source.model)
+    other = [name for name, value in here.items() if of.get(name) not in (None, value)]
+    if not other:
+        return None
+    what = " and ".join("module" if name == "hook" else name for name in other)
+    return (
+        f"this is another {what} than the report was made of: what fires here need not be what its pages show, and "
+        "multiples are of its maxima"
+    )
 
 
 # --- the socket -----------------------------------------------------------------------------------------------------
@@ -136,17 +160,26 @@ def address(socket: sockets.socket) -> str:
     return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
 
 
-def serve(stored: Stored, live: Live | None, note: str | None, host: str, socket: sockets.socket) -> None:
-    """Answers until Ctrl-C. On an address of this machine only names of this machine are answered to (see Guard)."""
-    from fastsae.dashboard.guard import LOOPBACK
+def names(host: str, allowed: Sequence[str] = ()) -> tuple[str, ...]:
+    """Under which names a server on this address may be called: those of this machine, and those allowed."""
+    own = () if is_loopback(host) else (sockets.gethostname(), f"{sockets.gethostname()}.local")
+    return (*LOOPBACK, host, *own, *allowed)
+
+
+def serve(
+    stored: Stored, live: Live | None, note: str | None, host: str, socket: sockets.socket,
+    allowed: Sequence[str] = (),
+) -> None:  # fmt: skip
+    """Answers until Ctrl-C, under names of this machine and those allowed (see Guard)."""
     from fastsae.dashboard.server import create_app
 
     try:
         import uvicorn
     except ImportError:
         raise MissingDependencyError("fastsae serve needs fastapi and uvicorn: pip install 'fastsae[all]'") from None
-    hosts = (*LOOPBACK, host) if is_loopback(host) else None
-    app = create_app(stored.folder, live, stored=stored, note=note, hosts=hosts)
+    app = create_app(
+        stored.folder, live, stored=stored, note=note, hosts=names(host, allowed), addresses=not is_loopback(host)
+    )
     settings = uvicorn.Config(
         app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=3,
         h11_max_incomplete_event_size=1 << 16,

@@ -91,7 +91,8 @@ class JobStatus(BaseModel):
 
 
 class Status(BaseModel):
-    """Whether questions to the model can be asked; where not, note says why. about: model, hook, sizes."""
+    """Whether questions to the model can be asked. note: why not, or that this is another dictionary or model than the
+    report's. about: model, hook, sizes."""
 
     live: bool
     note: str | None

@@ -8,6 +8,7 @@ Answers are JSON, described by OpenAPI at /api/openapi.json. What is wrong with 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -45,11 +46,12 @@ class NotLiveError(FastSAEError):
 
 
 class Server:
-    """What the routes share. note: why there is no live."""
+    """What the routes share. note: why there is no live, or what to bear in mind of it."""
 
     def __init__(self, stored: Stored, live: Live | None, note: str | None, jobs: Jobs) -> None:
-        self.stored, self.live, self.note, self.jobs = stored, live, note if live is None else None, jobs
+        self.stored, self.live, self.note, self.jobs = stored, live, note, jobs
         self.scored: dict[str, np.ndarray] = {}  # name of a proxy → r of every feature [F]
+        self._scoring = threading.Lock()  # of `scored`: requests and jobs are of several threads
         self.match: Match | None = None  # the last live comparison
 
     def must_live(self) -> Live:
@@ -60,7 +62,8 @@ class Server:
 
     def columns(self) -> dict[str, np.ndarray]:
         """Of the list of features, with those of proxies that were asked for."""
-        return {**self.stored.columns, **{f"proxy:{name}": r for name, r in list(self.scored.items())}}
+        with self._scoring:
+            return {**self.stored.columns, **{f"proxy:{name}": r for name, r in self.scored.items()}}
 
     def proxy(self, asked: schemas.ProxyAsked) -> Job:
         """Answered from the report where it knows the proxy, else by a job."""
@@ -82,10 +85,12 @@ class Server:
 
     def _scores(self, name: str, sums: ProxySums) -> dict:
         sums.check(name)
-        self.scored.pop(name, None)
-        while len(self.scored) >= _SCORED:
-            self.scored.pop(next(iter(self.scored)))
-        self.scored[name] = sums.pearson()
+        r = sums.pearson()
+        with self._scoring:
+            self.scored.pop(name, None)
+            while len(self.scored) >= _SCORED:
+                self.scored.pop(next(iter(self.scored)))
+            self.scored[name] = r
         return sums.table()
 
     def steer(self, asked: schemas.SteerAsked) -> Job:
@@ -120,9 +125,10 @@ def create_app(
     stored: Stored | None = None,
     note: str | None = None,
     hosts: Sequence[str] | None = LOOPBACK,
+    addresses: bool = False,
 ) -> FastAPI:
     """The application. report: folder that `fastsae analyze` wrote. stored: the same, read already. note: why live is
-    None. hosts: names under which the server may be called; None for any.
+    None, or what to bear in mind of it. hosts, addresses: names under which the server may be called (see Guard).
 
     Raises FastSAEError for a folder without a report.
     """
@@ -145,7 +151,7 @@ def create_app(
     _add_live(app, server)
     _add_jobs(app, server)
     _add_pages(app, report)
-    app.add_middleware(Guard, hosts=hosts, body=schemas.BODY_BYTES)
+    app.add_middleware(Guard, hosts=hosts, addresses=addresses, body=schemas.BODY_BYTES)
     return app
 
 
@@ -225,7 +231,7 @@ def _add_live(app: FastAPI, server: Server) -> None:
         """Whether questions to the model can be asked."""
         live = server.live
         return schemas.Status(
-            live=live is not None, note=None if live is not None else server.note or OFF,
+            live=live is not None, note=server.note or (None if live is not None else OFF),
             about={} if live is None else live.describe(), version=fastsae.__version__,
         )  # fmt: skip
 

@@ -17,6 +17,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ _CARDS = 64  # in a file: a page waits for the file its card is in
 _ROWS = 2048  # of the list, in a file: their text may take 800 bytes each
 _POINTS = 50_000  # of a column in a file
 _DIGITS = "".join(chr(c) for c in range(0x23, 0x7F) if chr(c) != "\\")  # 91, which JSON does not escape
+_NEEDED = {"d_sae": int, "proxies": list, "has": dict}  # of the overview, to read the rest
 _PART = "\x80"  # after the text of a token of `parts`; `visible` leaves none in a text
 
 
@@ -234,32 +236,57 @@ def _json(value: Any) -> str:
 
 def read_overview(folder: str | Path) -> dict[str, Any]:
     """What `data.overview` gave. Raises FastSAEError for a folder without a site."""
-    found = _read(Path(folder), "overview")
-    about = found.pop("about", {}) if isinstance(found, dict) else {}
-    if about.get("format") != FORMAT or about.get("version", 0) > VERSION:
-        raise FastSAEError(f"expected a {FORMAT} up to version {VERSION} in {folder}, got {about.get('format')}")
+    found = _overview(Path(folder))
+    del found["about"]
     return found
 
 
 def read_rows(folder: str | Path) -> dict[str, list[Any]]:
     """What `data.feature_rows` gave of all features."""
-    count = _about(folder)["parts"]["rows"]
-    parts = [_read(Path(folder), f"rows-{number}") for number in range(count)]
-    return {name: [value for part in parts for value in part[name]] for name in (parts[0] if parts else ())}
+    overview = _overview(Path(folder))
+    with _whole(Path(folder) / "data"):
+        parts = [_read(Path(folder), f"rows-{number}") for number in range(overview["about"]["parts"]["rows"])]
+        rows = {name: [value for part in parts for value in part[name]] for name in (parts[0] if parts else ())}
+        if len(rows["feature"]) != overview["d_sae"] or any(len(v) != overview["d_sae"] for v in rows.values()):
+            raise ValueError
+    return rows
 
 
 def read_card(folder: str | Path, f: int) -> dict[str, Any]:
     """What `data.feature_card` gave. Raises FastSAEError for a feature that the site does not have."""
-    overview = _read(Path(folder), "overview")
+    overview = _overview(Path(folder))
     if isinstance(f, bool) or not isinstance(f, int) or not 0 <= f < overview["d_sae"]:
         raise FastSAEError(f"features must be numbers from 0 to {overview['d_sae'] - 1}, got {f}")
-    starts = overview["about"]["cards"]
-    number = bisect.bisect_right(starts, f) - 1
-    return unpack(_read(Path(folder), f"cards-{number}"), f - starts[number])
+    with _whole(Path(folder) / "data"):
+        starts = overview["about"]["cards"]
+        number = bisect.bisect_right(starts, f) - 1
+        card = unpack(_read(Path(folder), f"cards-{number}"), f - starts[number])
+        if card["feature"] != f:
+            raise ValueError
+    return card
 
 
-def _about(folder: str | Path) -> dict[str, Any]:
-    return _read(Path(folder), "overview")["about"]
+def _overview(folder: Path) -> dict[str, Any]:
+    """With `about`, which says how the other files are cut. Raises FastSAEError for a folder without a site."""
+    found = _read(folder, "overview")
+    about = found.get("about") if isinstance(found, dict) else None
+    kind, version = (about.get("format"), about.get("version", 0)) if isinstance(about, dict) else (None, 0)
+    if kind != FORMAT or not isinstance(version, int) or version > VERSION:
+        raise FastSAEError(f"expected a {FORMAT} up to version {VERSION} in {folder}, got {kind}, version {version}")
+    if not all(isinstance(found.get(name), kind) for name, kind in _NEEDED.items()):
+        raise FastSAEError(f"{folder / 'data' / 'overview.js'} is damaged: make the report again")
+    return found
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """Whatever a damaged file makes go wrong, as one clear error."""
+    try:
+        yield
+    except FastSAEError:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+        raise FastSAEError(f"the files in {path} do not fit together: make the report again") from None
 
 
 def _read(folder: Path, name: str) -> Any:
@@ -269,6 +296,10 @@ def _read(folder: Path, name: str) -> Any:
     except FileNotFoundError:
         message = f"there is no report in {folder} ({path} is missing): make one with fastsae analyze"
         raise FastSAEError(message) from None
+    except UnicodeDecodeError:
+        raise FastSAEError(f"{path} is damaged: make the report again") from None
+    except OSError as error:
+        raise FastSAEError(f"{path} cannot be read: {error.strerror or error}") from None
     start, end = f'fastsae.put("{name}",', ");\n"
     try:
         if not (text.startswith(start) and text.endswith(end)):

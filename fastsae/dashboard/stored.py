@@ -4,7 +4,11 @@ API answers. Nothing is in memory but the list of features. Axes: F features, P 
 
 from __future__ import annotations
 
+import json
 import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -37,11 +41,17 @@ class Stored:
         rows["proxy"] = [self.proxies[p] if 0 <= p < len(self.proxies) else "" for p in rows.get("proxy", [])]
         self.columns = {name: _column(name, values) for name, values in rows.items()}
 
+    @property
+    def tokenizer(self) -> str | None:
+        """TokenBytes.digest of the tokenizer; None in reports that do not say."""
+        return self.overview.get("tokenizer")
+
     @cached_property
     def match(self) -> Match | None:
         """None where no other dictionary was read."""
         path = self.folder / MATCH
-        return Match.load(path) if path.exists() else None
+        with _readable(path):
+            return Match.load(path) if path.exists() else None
 
     def card(self, feature: int) -> dict[str, Any]:
         """Raises UnknownFeatureError."""
@@ -52,24 +62,41 @@ class Stored:
     @cached_property
     def maximum(self) -> np.ndarray:
         """[F], the largest activation of each: of the survey, or to the digits of the list where that is gone."""
-        with self._survey() as file:
+        with _readable(self.folder / SURVEY), self._survey() as file:
             return self.columns["max"] if file is None else file["maximum"].max(0)
 
     @property
     def context(self) -> int | None:
         """Tokens in a context of the survey; None where that is gone."""
-        import json
+        return self._about().get("config", {}).get("context")
 
-        with self._survey() as file:
-            return None if file is None else json.loads(file["about"].tobytes())["config"]["context"]
+    @property
+    def of(self) -> dict[str, Any]:
+        """Digests of the dictionary and the model that were read, and the hook; empty where the survey is gone."""
+        return self._about().get("of", {})
+
+    def _about(self) -> dict[str, Any]:
+        with _readable(self.folder / SURVEY), self._survey() as file:
+            return {} if file is None else json.loads(file["about"].tobytes())
 
     def proxy_sums(self, p: int) -> ProxySums | None:
         """Of proxy number p; None where the survey is gone."""
-        with self._survey() as file:
+        with _readable(self.folder / SURVEY), self._survey() as file:
             return None if file is None else ProxySums.of_file(file, self.folder / SURVEY, p)
 
     def _survey(self) -> _Arrays:
         return _Arrays(self.folder / SURVEY)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Whatever a damaged file makes go wrong, as one clear error."""
+    try:
+        yield
+    except FastSAEError:
+        raise
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error):
+        raise FastSAEError(f"{path} is damaged: make the report again, or remove the file") from None
 
 
 class _Arrays:
@@ -82,10 +109,8 @@ class _Arrays:
         self._path, self._file = path, None
 
     def __enter__(self) -> Any:
-        try:
+        if self._path.exists():
             self._file = np.load(self._path, allow_pickle=False)
-        except (OSError, ValueError, zipfile.BadZipFile):
-            self._file = None
         return self._file
 
     def __exit__(self, *_: Any) -> None:
