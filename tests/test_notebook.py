@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 import fastsae
+from bench import site_case
 from fastsae.dashboard import site
 from fastsae.dashboard.facts import Facts
 from fastsae.errors import FastSAEError
-from tests import site_case
 
 
 @pytest.fixture(scope="module")
