@@ -158,7 +158,7 @@ def _site_table(result: Row) -> str:
     )  # fmt: skip
     answers = ", ".join(f"{op[5:]} {figures(row)}" for (op, _), row in of.items() if op.startswith("API"))
     plotly = next(row["plotly"] for row in sizes if "plotly" in row)
-    note = f"Beside its largest file the site has Plotly, {plotly:.1f} MB. The API's answers: {answers}.\n"
+    note = f"Plotly, the same in every site, is a file of {plotly:.1f} MB. The API's answers: {answers}.\n"
     return f"{_caption(result['machine'])}\n\n{whole}\n{waited}\n{note}"
 
 

@@ -30,7 +30,7 @@ from bench.survey import give_back
 from bench.wide import resident
 
 ROOT = Path(__file__).parent.parent
-PLOTLY = "assets/plotly-basic.min.js"  # every site has the same one
+PLOTLY = "assets/plotly-basic.min.js"  # the same in every site, and told apart
 V = 50_000  # entries of the vocabulary
 HEAP_PAGES = 50
 # At most, by what is measured; the largest value counts, not the median.
