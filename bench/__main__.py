@@ -13,6 +13,7 @@ COMMANDS = {
     "quality": "what small optimizer states cost in explained variance",
     "dead": "what evaluating dead latents in some steps only saves and costs",
     "survey": "the one pass over all features, beside harvesting and encoding; its memory",
+    "site": "the site of a wide dictionary and its server: size, times in a browser, memory",
     "compile": "compile every kernel for every GPU it is meant for, without a GPU",
     "gpu": "check and time kernels and steps on an NVIDIA GPU",
     "memory": "the peak memory of training runs on the CPU, beside what fastsae.estimate says",

@@ -64,6 +64,8 @@ def _caption(machine: Row) -> str:
     versions = [f"torch {machine['torch']}"]
     if machine.get("gpu") and machine.get("triton"):
         versions.append(f"Triton {machine['triton']}")
+    if machine.get("chromium"):
+        versions = [f"Chromium {machine['chromium']}"]
     commit = f"commit {machine['commit']}, " if machine.get("commit") else ""
     return f"{on}; {', '.join(versions)}; {commit}{machine['date'].split()[0]}:"
 
@@ -125,6 +127,39 @@ def _survey_table(result: Row) -> str:
     grows = "; ".join(f"{row['tokens']:,} tokens {row['peak_mb']:.0f} MB" for row in peaks)
     memory = f"Peak memory of the pass, models and the 20 first documents not counted: {grows}.\n" if peaks else ""
     return f"{_caption(result['machine'])}\n\n{_table(head, body)}\n{memory}"
+
+
+def _site_table(result: Row) -> str:
+    """Size, memory and times of the site, beside their goals."""
+    from bench.site import title, verdict
+
+    def figures(row: Row | None) -> str:
+        if row is None:
+            return ""
+        digits = 1 if row["unit"] != "ms" else 0
+        slowest = f" ({row['worst']:,.{digits}f})" if row["n"] > 1 else ""
+        return f"{row['median']:,.{digits}f}{slowest} {row['unit']}"
+
+    def judged(some: list[Row]) -> list[str]:
+        goals = {f"{row['goal']:,.0f} {row['unit']}" for row in some if "goal" in row}
+        said = max((verdict(row) for row in some), key=["", "met", "missed by the slowest", "missed"].index)
+        return ["".join(goals), f"**{said}**" if said.startswith("missed") else said]
+
+    sizes = [row for row in result["rows"] if "origin" not in row]
+    of = {(row["op"], row["origin"]): row for row in result["rows"] if "origin" in row}
+    ops = list(dict.fromkeys(op for op, _ in of if not op.startswith("API")))
+    both = {op: [row for row in (of.get((op, "server")), of.get((op, "disk"))) if row] for op in ops}
+    head = [f"{result['features']:,} features of random numbers", "measured", "goal", ""]
+    whole = _table(head, [[title(row), figures(row), *judged([row])] for row in sizes])
+    waited = _table(
+        ["until painted: median (slowest)", "from the server", "from the disk", "goal", ""],
+        [[title(some[0]), *(figures(of.get((op, origin))) for origin in ("server", "disk")), *judged(some)]
+         for op, some in both.items()],
+    )  # fmt: skip
+    answers = ", ".join(f"{op[5:]} {figures(row)}" for (op, _), row in of.items() if op.startswith("API"))
+    plotly = next(row["plotly"] for row in sizes if "plotly" in row)
+    note = f"Plotly, the same in every site, is a file of {plotly:.1f} MB. The API's answers: {answers}.\n"
+    return f"{_caption(result['machine'])}\n\n{whole}\n{waited}\n{note}"
 
 
 def _gpu_table(result: Row) -> str:
@@ -260,7 +295,7 @@ def _effects(row: Row) -> list[str]:
 
 TABLES: dict[str, Callable[[Row], str]] = {
     "step": _step_table, "wide": _wide_table, "quality": _quality_table, "dead": _dead_table, "gpu": _gpu_table,
-    "survey": _survey_table,
+    "survey": _survey_table, "site": _site_table,
     "demo": _demo_table, "compile": _compile_table,
 }  # fmt: skip
 

@@ -121,12 +121,13 @@ def backward_times(ours: Any, theirs: Any, x: torch.Tensor, rounds: int) -> dict
     return found
 
 
-def resident(field: str) -> float:
-    """MB of this process from /proc: VmRSS now, VmHWM at most."""
-    for text in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+def resident(field: str, process: int | str = "self") -> float:
+    """MB of a process, by its number, from /proc: VmRSS now, VmHWM at most."""
+    status = Path(f"/proc/{process}/status")
+    for text in status.read_text(encoding="ascii").splitlines():
         if text.startswith(field + ":"):
             return int(text.split()[1]) * 1024 / 1e6
-    raise RuntimeError(f"/proc/self/status has no {field}")
+    raise RuntimeError(f"{status} has no {field}")
 
 
 def reset_peak() -> None:

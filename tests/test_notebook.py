@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import fastsae
+from bench import site_case
 from fastsae.dashboard import data, notebook, site
 from fastsae.dashboard.facts import Facts
 from fastsae.errors import FastSAEError
-from tests import site_case
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import fastsae
+from bench import site_case
 from fastsae.analysis.cards import Cards
 from fastsae.analysis.evidence import CHOOSE, SCORE
 from fastsae.analysis.labels import TokenBytes
@@ -35,7 +36,7 @@ from fastsae.dashboard.facts import (
 )
 from fastsae.dashboard.spelling import Spelling
 from fastsae.errors import FastSAEError
-from tests import analysis_case, site_case
+from tests import analysis_case
 
 F = 150
 LARGEST = 2_000_000  # bytes of a file

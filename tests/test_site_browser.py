@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
+from bench import site_case
 from fastsae.dashboard import data, site
 from fastsae.dashboard.facts import Facts
-from tests import site_case
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'fastsae[dev]'")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

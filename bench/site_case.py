@@ -72,6 +72,8 @@ def survey(F: int, V: int = 2000, D: int = 64, seed: int = 0, proxies: tuple[str
     kept = {"top": (20, 0.8, 1.0), "bottom": (20, 1e-3, 0.05), "sampled": (4 * STRATA, 1e-3, 1.0)}
     for name, (count, low, high) in kept.items():
         _fill(getattr(made, name), rng, numbers, count, maximum, (low, high), V, name)
+    if made.pairs_sampled:
+        _fill_pairs(made, rng, numbers)
     return made
 
 
@@ -90,6 +92,19 @@ def _fill(
     table.load({
         "feature": feature, "half": place % 2 == 1, "value": value, "key": keys[name].astype(np.float64),
         "where": rng.integers(0, TOKENS, M), "window": window, "ids": ids,
+    })  # fmt: skip
+
+
+def _fill_pairs(made: Survey, rng: np.random.Generator, features: np.ndarray, active: int = 12) -> None:
+    """On each token of the sample that many of 32 features that lie together, so that features have partners."""
+    M = 2 * made.config.cofiring_tokens
+    begin = 32 * rng.integers(0, len(features) // 32, M)
+    first = rng.integers(0, 32, M)
+    of_token = (first[:, None] + 5 * np.arange(active)) % 32  # different ones, as 5 and 32 have no common factor
+    made.pairs.load({
+        "where": np.arange(M), "key": rng.uniform(0, 1, M), "half": np.arange(M) % 2 == 1,
+        "ids": np.zeros((M, 1), np.int32), "entries": np.full(M, active), "at": np.zeros(M * active, np.int16),
+        "feature": features[begin[:, None] + of_token].reshape(-1), "value": np.ones(M * active, np.float32),
     })  # fmt: skip
 
 
