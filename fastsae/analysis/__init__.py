@@ -15,6 +15,7 @@ from fastsae.analysis.quality import Geometry, Quality, UltraLow, geometry, ultr
 from fastsae.analysis.specificity import Overlap
 from fastsae.analysis.splitting import Split, SplitConfig, read_split, split
 from fastsae.analysis.steering import SteerConfig, steer
+from fastsae.analysis.store_report import analyze_store
 from fastsae.analysis.stream import Read, Source, read, read_store
 from fastsae.analysis.survey import Survey, SurveyConfig
 from fastsae.analysis.text import Text
@@ -24,7 +25,7 @@ __all__ = [
     "AnalyzeConfig", "Cards", "Charset", "Either", "Evidence", "Example", "ExplainConfig", "Function", "Geometry",
     "Match", "MatchConfig", "Overlap", "Partner", "Proxy", "Quality", "Read", "Regex", "Script", "Source", "Split",
     "SplitConfig", "SteerConfig", "Survey", "SurveyConfig", "Text", "TokenBytes", "TokenSet", "UltraLow", "Watcher",
-    "analyze", "evidence_of", "explain_dictionary", "geometry", "live_features", "match", "proxies", "read",
-    "read_match", "read_split", "read_store", "shuffled", "split", "steer", "survey_of_store", "take_survey",
+    "analyze", "analyze_store", "evidence_of", "explain_dictionary", "geometry", "live_features", "match", "proxies",
+    "read", "read_match", "read_split", "read_store", "shuffled", "split", "steer", "survey_of_store", "take_survey",
     "ultra_low",
 ]  # fmt: skip

@@ -231,6 +231,7 @@ def overview(facts: Facts) -> dict[str, Any]:
         "d_sae": facts.d_sae,
         "tokens": cards.tokens(),
         "documents": cards.documents(),
+        "of_store": bool(results.get("of_store")),
         "proxies": list(cards.survey.proxies),
         "dead": int((density == 0).sum()),
         "density": density_histogram(facts),
