@@ -62,7 +62,7 @@ SCALES: dict[str, Scale] = {
         EvalConfig(tokens=10_000, context=64),
         AnalyzeConfig(
             context=64, contexts_per_effect=24, sample_tokens=12, samples=2, control_tokens=20_000, explain_features=12,
-            explain_up_to=30,
+            explain_up_to=30, effects_up_to=40,
         ),
         every=8,
     ),

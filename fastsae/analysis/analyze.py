@@ -71,7 +71,7 @@ class AnalyzeConfig:
     """Features, drawn at random, that the offline explainer explains, and as many of each control; 0: none."""
     explain_up_to: int = 2000
     """Features that have an explanation on their page: those shown, then others at random; a tenth of a second each."""
-    effects_up_to: int = 100
+    effects_up_to: int = 1000
     """Features that have ΔNLL under the strongest examples on their page: those shown, then others at random; each
     costs a forward pass for every example."""
     quality_tokens: int = 100_000
