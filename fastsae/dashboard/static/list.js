@@ -50,7 +50,7 @@ fastsae.page("features", async (main, _argument, query, current) => {
       h("div", null, h("label", { for: "sort" }, "Sort by"), sort, way),
       proxies.length ? h("div", null, h("label", { for: "proxy" }, "Closest to"), only) : null,
       state.cluster && h("a", { class: "tag", href: "#/features" }, `cluster ${state.cluster} ✕`)),
-    forgotten && h("p", { class: "note" }, "There are no scores of ", h("bdi", null, cut(forgotten, 60)), " here any more: ask for them again under ", h("a", { href: "#/live/proxy" }, "Live"), "."),
+    !forgotten ? "" : h("p", { class: "note" }, "There are no scores of ", h("bdi", null, cut(forgotten, 60)), " here any more: ask for them again under ", h("a", { href: "#/live/proxy" }, "Live"), "."),
     found, head, frame);
 
   search.addEventListener("input", () => { state.q = search.value; update(); });
@@ -175,7 +175,7 @@ fastsae.page("features", async (main, _argument, query, current) => {
 
   function category(i) {
     const { name, r } = scores.get(state.sort) ?? { name: proxies[it.proxy[i]], r: it.score };
-    return (name ?? "") === "" ? "" : [h("bdi", null, cut(name, 14)), " ", h("b", null, fixed(r[i]))];
+    return (name ?? "") === "" ? "" : [h("bdi", null, cut(name, 60)), " ", h("b", null, fixed(r[i]))];
   }
 
   function key(event) {
