@@ -388,6 +388,40 @@ def test_the_last_few_files_of_cards_are_kept(browser, facts, tmp_path, monkeypa
     assert reader.complaints == []
 
 
+def test_pages_that_went_are_let_go_of(reader: Reader):
+    page = reader.go("#/feature/0")
+    devtools = page.context.new_cdp_session(page)
+
+    def nodes() -> int:
+        devtools.send("HeapProfiler.collectGarbage")
+        return devtools.send("Memory.getDOMCounters")["nodes"]
+
+    page.wait_for_selector(".chart .main-svg").dispose()
+    first = nodes()
+    for f in range(1, 12):
+        page.evaluate(f"location.hash = '#/feature/{f}'")
+        page.wait_for_selector(f"h1:text-is('Feature {f}')").dispose()  # a handle would hold the page
+        page.wait_for_selector(".chart .main-svg").dispose()
+    assert nodes() < 5 * first
+
+
+def test_charts_and_map_follow_light_and_dark(reader: Reader):
+    page = reader.go("#/feature/7")
+    page.wait_for_selector(".chart .main-svg")
+    fill = "getComputedStyle(document.querySelector('.chart .bars path')).fill"
+    before = page.evaluate(fill)
+    page.click("#theme")
+    page.wait_for_timeout(300)
+    assert page.evaluate(fill) != before
+    reader.go("#/")
+    reader.draw_all()
+    picture = "document.querySelector('canvas.map').toDataURL()"
+    before = page.evaluate(picture)
+    page.click("#theme")
+    page.wait_for_timeout(100)
+    assert page.evaluate(picture) != before
+
+
 def test_a_page_that_comes_late_does_not_cover_the_one_asked_for_after_it(browser, served):
     reader, held = Reader(browser, served), []
     reader.page.route("**/cards-0.js", lambda route: held.append(route))
