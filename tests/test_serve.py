@@ -65,6 +65,9 @@ def test_the_list_is_sorted_searched_and_cut(client: Any, truth: dict):
     arabic = client.get("/api/features?search=ARABIC&limit=1000").json()
     assert {row["proxy"] for row in arabic["rows"]} == {"Arabic"} and 0 < arabic["total"] < 40
     assert client.get("/api/features?search=nowhere").json()["rows"] == []
+    words = client.get("/api/features?search=arab%20ic").json()  # each of them, in any order
+    assert words["total"] == arabic["total"] == client.get("/api/features?search=IC%20arab").json()["total"]
+    assert client.get("/api/features?search=arabic%20nowhere").json()["total"] == 0
     refused = client.get("/api/features?sort=beauty")
     assert refused.status_code == 400 and "one of feature, density" in refused.json()["detail"]
 

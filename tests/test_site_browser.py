@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from bench import site_case
@@ -198,6 +199,9 @@ def test_search_sort_and_open(reader: Reader, facts: Facts):
     assert [page.inner_text(f".row .f >> nth={i}") for i in range(4)] == ["0", "1", "2", "3"]
     page.fill("#q", "number 27,")
     assert page.locator(".row .f").all_inner_texts() == ["27", "127", "227"]
+    page.fill("#q", "LINES  number سجادة")  # in any order, and in capitals
+    expected = sum("سجادة" in said for said in data.feature_rows(facts)["explanation"])
+    assert page.inner_text("[role=status] >> nth=0") == f"{expected} of {F} features" and expected
     page.fill("#q", "شيء غير موجود")
     assert page.locator(".row").count() == 0 and page.inner_text("[role=status] >> nth=0") == f"0 of {F} features"
     page.fill("#q", "قطة")  # Arabic, in explanations
@@ -222,6 +226,42 @@ def test_the_list_by_keys_and_to_its_end(reader: Reader):
     page.keyboard.press("ArrowUp")
     page.keyboard.press("Enter")
     page.wait_for_selector(f"h1:has-text('Feature {F - 2}')")
+
+
+def test_a_screen_reader_is_told_which_row_the_arrow_keys_reach(reader: Reader):
+    page = reader.go("#/features?sort=feature&down=0")
+    page.focus(".scroller")
+    here = "document.getElementById(document.querySelector('.scroller').getAttribute('aria-activedescendant'))"
+    for key, row in (("ArrowDown", 1), ("ArrowDown", 2), ("End", F - 1), ("ArrowUp", F - 2)):
+        page.keyboard.press(key)
+        page.wait_for_selector(f".row.focused:has-text('{row}')")
+        found = page.evaluate(f"(it => [it.role, it.ariaSelected, it.ariaPosInSet, it.href])({here})")
+        assert found[:3] == ["option", "true", str(row + 1)] and found[3].endswith(f"#/feature/{row}")
+        assert page.locator("[aria-selected]").count() == 1
+    page.evaluate("document.querySelector('.scroller').scrollTop = 0")
+    page.wait_for_selector(".scroller:not([aria-activedescendant])")  # its row is no element now
+
+
+def test_who_goes_back_to_the_list_finds_it_as_it_was(reader: Reader):
+    page = reader.go("#/features?sort=feature&down=0")
+    page.fill("#q", "number")
+    page.evaluate("document.querySelector('.scroller').scrollTop = 4000")
+    row = page.locator(".row a", has_text="number 95,")
+    row.click()
+    page.wait_for_selector("h1:has-text('Feature 95')")
+    page.go_back()
+    page.wait_for_selector("h1:has-text('Features')")
+    assert page.evaluate("document.querySelector('.scroller').scrollTop") == 4000 and row.is_visible()
+    assert page.input_value("#q") == "number" and page.input_value("#sort") == "feature"
+    page.focus(".scroller")
+    page.keyboard.press("End")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(f"h1:has-text('Feature {F - 1}')")
+    page.go_back()
+    page.wait_for_selector(f".scroller:focus .row.focused:has-text('{F - 1}')")  # the keys go on from there
+    page.goto(reader.address + "#/features?sort=feature")
+    page.wait_for_selector(f".row:has-text('{F - 1}')")
+    assert page.evaluate("document.querySelector('.scroller').scrollTop") == 0  # a visit of its own
 
 
 def test_a_feature_shows_the_card(reader: Reader, facts: Facts):
@@ -301,6 +341,123 @@ def test_a_file_that_was_not_copied_is_named(browser, report, tmp_path):
     reader = Reader(browser, (tmp_path / "copy" / "index.html").as_uri())
     page = reader.go("#/feature/3")
     assert "data/cards-0.js is missing" in page.inner_text("[role=alert]")
+    reader.context.close()
+
+
+def test_a_file_that_was_cut_short_is_named(browser, report, tmp_path):
+    shutil.copytree(report, tmp_path / "copy")
+    data_of = tmp_path / "copy" / "data"
+    whole = (data_of / "cards-0.js").read_text(encoding="utf-8")
+    (data_of / "cards-0.js").write_text(whole[: len(whole) // 2], encoding="utf-8")
+    other = (data_of / "cards-2.js").read_text(encoding="utf-8").replace('"cards-2"', '"cards-1"', 1)
+    (data_of / "cards-1.js").write_text(other, encoding="utf-8")
+    reader = Reader(browser, (tmp_path / "copy" / "index.html").as_uri())
+    page = reader.go("#/feature/200")
+    for f, message in ((3, "data/cards-0.js is damaged"), (64, "data/cards-1.js does not hold feature 64")):
+        page.goto(f"{reader.address}#/feature/{f}")
+        page.wait_for_selector(f"[role=alert]:has-text('{message}')", timeout=5000)
+    (data_of / "cards-0.js").write_text(whole, encoding="utf-8")
+    page.goto(f"{reader.address}#/feature/4")  # mended: asked for again
+    page.wait_for_selector("h1:has-text('Feature 4')")
+    reader.context.close()
+
+
+def test_the_last_few_files_of_cards_are_kept(browser, facts, tmp_path, monkeypatch):
+    monkeypatch.setattr(site, "_CARDS", 16)
+    site.write_site(tmp_path, facts, show_progress=False)
+    reader, asked = Reader(browser, (tmp_path / "index.html").as_uri()), []
+    reader.page.on("request", lambda request: asked.append(request.url.rsplit("/", 1)[1]))
+    page = reader.go("#/features")
+
+    def look(file: int) -> list[str]:
+        asked.clear()
+        page.goto(f"{reader.address}#/feature/{16 * file}")
+        page.wait_for_selector(f"h1:has-text('Feature {16 * file}')")
+        return [name for name in asked if not name.startswith("plotly")]
+
+    for file in range(13):
+        assert look(file) == [f"cards-{file}.js"]
+    assert look(1) == [] == look(12) and look(13) == ["cards-13.js"]
+    assert look(1) == [] and look(2) == ["cards-2.js"]  # of those kept, 2 was looked at longest ago
+    asked.clear()
+    page.goto(reader.address + "#/features")
+    page.wait_for_selector(".row")
+    assert asked == []
+    assert page.locator("head script[src^='data/cards']").count() == 0
+    reader.context.close()
+    assert reader.complaints == []
+
+
+def test_pages_that_went_are_let_go_of(reader: Reader):
+    page = reader.go("#/feature/0")
+    devtools = page.context.new_cdp_session(page)
+
+    def nodes() -> int:
+        devtools.send("HeapProfiler.collectGarbage")
+        return devtools.send("Memory.getDOMCounters")["nodes"]
+
+    page.wait_for_selector(".chart .main-svg").dispose()
+    first = nodes()
+    for f in range(1, 12):
+        page.evaluate(f"location.hash = '#/feature/{f}'")
+        page.wait_for_selector(f"h1:text-is('Feature {f}')").dispose()  # a handle would hold the page
+        page.wait_for_selector(".chart .main-svg").dispose()
+    assert nodes() < 5 * first
+
+
+def test_charts_and_map_follow_light_and_dark(reader: Reader):
+    page = reader.go("#/feature/7")
+    page.wait_for_selector(".chart .main-svg")
+    fill = "getComputedStyle(document.querySelector('.chart .bars path')).fill"
+    before = page.evaluate(fill)
+    page.click("#theme")
+    page.wait_for_timeout(300)
+    assert page.evaluate(fill) != before
+    reader.go("#/")
+    reader.draw_all()
+    picture = "document.querySelector('canvas.map').toDataURL()"
+    before = page.evaluate(picture)
+    page.click("#theme")
+    page.wait_for_timeout(100)
+    assert page.evaluate(picture) != before
+
+
+def test_a_page_that_comes_late_does_not_cover_the_one_asked_for_after_it(browser, served):
+    reader, held = Reader(browser, served), []
+    reader.page.route("**/cards-0.js", lambda route: held.append(route))
+    page = reader.go("#/features")
+    page.click("[data-sort=density]")
+    address = page.evaluate("location.hash")
+    page.evaluate("location.hash = '#/feature/3'")
+    page.fill("#q", "cat")  # the list is still to be seen, its address is not its own any more
+    assert page.evaluate("location.hash") == "#/feature/3"
+    page.evaluate("location.hash = '#/feature/200'")
+    page.wait_for_selector("h1:has-text('Feature 200')")
+    (late,) = held
+    late.continue_()
+    page.wait_for_timeout(300)
+    assert page.text_content("h1") == "Feature 200" == page.title()
+    page.go_back()
+    page.wait_for_selector("h1:text-is('Feature 3')")
+    page.go_back()
+    page.wait_for_selector("h1:has-text('Features')")
+    assert page.evaluate("location.hash") == address
+    reader.context.close()
+    assert reader.complaints == []
+
+
+def test_a_feature_without_ablation_says_so(browser, tmp_path):
+    few = site_case.facts(60)
+    windows = [np.linspace(-1, 1, len(example.token_ids)) for example in few.cards.top(7, data.TOP)]
+    few.effects[7] = windows
+    site.write_site(tmp_path, few, show_progress=False)
+    reader = Reader(browser, (tmp_path / "index.html").as_uri())
+    words = "Ablation was not measured for this feature."
+    assert words not in reader.go("#/feature/7").inner_text("main")
+    assert reader.page.locator(".choice button").count() == 2
+    reader.page.goto(reader.address + "#/feature/8")
+    reader.page.wait_for_selector("h1:has-text('Feature 8')")
+    assert words in reader.page.inner_text("main") and reader.page.locator(".choice button").count() == 0
     reader.context.close()
 
 

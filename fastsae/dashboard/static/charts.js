@@ -7,6 +7,18 @@ fastsae.charts = (() => {
   const plotly = () => (library ??= fastsae.script("assets/plotly-basic.min.js"));
   const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 
+  // What is drawn again when light becomes dark. A page that went is let go of here and by Plotly, which listens to the
+  // window for each of its figures: else all of them, and the cards they show, would stay in memory.
+  const drawn = new Map();
+  const themed = (place, again) => drawn.set(place, again);
+  addEventListener("themed", () => drawn.forEach((again) => again()));
+  document.addEventListener("shown", () => {
+    for (const place of [...drawn.keys()].filter((one) => !one.isConnected)) {
+      drawn.delete(place);
+      if (place.data) Plotly.purge(place);
+    }
+  }, true);
+
   /** A figure: draw() gives { traces, layout } and is asked again when light becomes dark. label: what it shows. */
   function chart(draw, { label, height = 240, click = null, figures = null }) {
     const place = h("div", { class: "chart", role: "img", "aria-label": label });
@@ -18,12 +30,10 @@ fastsae.charts = (() => {
       await Plotly.react(place, traces, dressed(layout), { displayModeBar: false, responsive: true });
     };
     place.addEventListener("draw", async () => {
+      themed(place, again);
       await again();
       if (click && place.on) place.on("plotly_click", (event) => click(event.points[0]));
     }, { once: true });
-    addEventListener("themed", function themed() {
-      if (place.isConnected) again(); else removeEventListener("themed", themed);
-    });
     when(place, () => place.dispatchEvent(new Event("draw")));
     const children = [place];
     if (figures) {
@@ -64,5 +74,5 @@ fastsae.charts = (() => {
              name: options.name ?? "" };
   }
 
-  return { chart, bars, color, when };
+  return { chart, bars, color, when, themed };
 })();

@@ -3,11 +3,13 @@
 
 const fastsae = (() => {
   const values = new Map(), waiting = new Map();
+  const CARDS = 12;  // files of cards that are kept: each takes some megabytes, and a dictionary has hundreds
 
   /** Called by the data files. */
   function put(name, value) {
     values.set(name, value);
     waiting.get(name)?.resolve(value);
+    waiting.delete(name);
   }
 
   /** The value of data/NAME.js. A script and no fetch: a page opened from a disk may not fetch. */
@@ -17,7 +19,9 @@ const fastsae = (() => {
       const entry = {};
       entry.promise = new Promise((resolve, reject) => Object.assign(entry, { resolve, reject }));
       waiting.set(name, entry);
-      script(`data/${name}.js`).catch((error) => { waiting.delete(name); entry.reject(error); });
+      const fail = (error) => { if (waiting.get(name) === entry) waiting.delete(name); entry.reject(error); };
+      // A file that was cut short does not parse: it has run without a call of put.
+      script(`data/${name}.js`).then(() => fail(new Error(`data/${name}.js is damaged: copy the report's folder again, or make it again.`)), fail);
     }
     return waiting.get(name).promise;
   }
@@ -46,13 +50,22 @@ const fastsae = (() => {
       const middle = (low + high + 1) >> 1;
       if (about.cards[middle] <= f) low = middle; else high = middle - 1;
     }
-    const { tokens, width, cards } = await load(`cards-${low}`);
+    const name = `cards-${low}`, { tokens, width, cards } = await load(name);
     const packed = cards[f - about.cards[low]], open = (window_) => unpack(window_, tokens, width);
+    if (packed?.feature !== f) throw new Error(`data/${name}.js does not hold feature ${f}: it is of another report. Copy the report's folder again.`);
+    keep(name);
     return {
       ...packed,
       top: packed.top.map(open), bottom: packed.bottom.map(open),
       intervals: packed.intervals.map((part) => ({ ...part, windows: part.windows.map(open) })),
     };
+  }
+
+  /** Of the files of cards the last few: a Map keeps the order in which its entries came. */
+  function keep(name) {
+    const value = values.get(name);
+    if (values.delete(name)) values.set(name, value);
+    for (const old of [...values.keys()].filter((key) => key.startsWith("cards-")).slice(0, -CARDS)) values.delete(old);
   }
 
   const digits = Array.from({ length: 92 }, (_, i) => String.fromCharCode(0x23 + i)).filter((c) => c !== "\\");
@@ -77,8 +90,8 @@ const fastsae = (() => {
     return new Promise((resolve, reject) => {
       const tag = document.createElement("script");
       tag.src = address;
-      tag.onload = resolve;
-      tag.onerror = () => reject(new Error(`${address} is missing: the report was not copied whole. Copy its folder again.`));
+      tag.onload = () => { tag.remove(); resolve(); };
+      tag.onerror = () => { tag.remove(); reject(new Error(`${address} is missing: the report was not copied whole. Copy its folder again.`)); };
       document.head.append(tag);
     });
   }
@@ -139,8 +152,8 @@ const fastsae = (() => {
     try {
       if (!render) throw new Error("There is no such page.");
       const left = await render(main, argument, new URLSearchParams(query ?? ""), () => mine === turn);
-      if (mine !== turn) return;
-      leave = typeof left === "function" ? left : null;
+      if (mine !== turn) { left?.(); return; }
+      leave = left ?? null;
     } catch (error) {
       if (mine !== turn) return;
       main.replaceChildren(h("h1", null, "Nothing to see here"), h("p", { class: "note", role: "alert" }, error.message));
@@ -148,10 +161,10 @@ const fastsae = (() => {
     const place = document.getElementById("main");
     place.replaceChildren(main);
     document.title = main.querySelector("h1")?.textContent ?? "Features";
-    main.dispatchEvent(new CustomEvent("shown"));
     if (started) place.focus({ preventScroll: true });
     if (started) window.scrollTo(0, 0);
     started = true;
+    main.dispatchEvent(new CustomEvent("shown"));  // last: a page may want its focus and its place back
   }
   let started = false;
 

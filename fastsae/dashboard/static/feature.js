@@ -27,7 +27,8 @@ fastsae.page("feature", async (main, argument, _query, current) => {
   const reading = fastsae.windows(it.max);
   main.append(h("div", { class: "card" }, h("div", { class: "examples" },
     h("section", null,
-      h("div", { class: "line" }, h("h2", null, "Strongest examples"), it.top.some((w) => w.effects) && reading.toggle()),
+      h("div", { class: "line" }, h("h2", null, "Strongest examples"),
+        it.top.some((w) => w.effects) ? reading.toggle() : h("span", { class: "soft" }, "Ablation was not measured for this feature.")),
       reading.note,
       reading.list(it.top, "Strongest examples")),
     h("section", { class: "later" }, h("h2", null, "Over its range"),

@@ -6,7 +6,7 @@
   document.head.append(h("link", { rel: "stylesheet", href: "assets/live.css" }));
 
   const TABS = [["", "Read a text"], ["steer", "Steer"], ["proxy", "Score a proxy"], ["compare", "Compare"]];
-  const kept = { text: "", read: null, chosen: null, edits: [], prompt: "", options: {}, jobs: {} };  // between visits
+  const kept = { text: "", read: null, reads: 0, chosen: null, edits: [], prompt: "", proxy: "", options: {}, jobs: {} };  // between visits
 
   async function ask(path, body, method = body === undefined ? "GET" : "POST") {
     let answer;
@@ -19,8 +19,28 @@
       throw new Error("The server does not answer: has it been ended?");
     }
     const found = await answer.json().catch(() => ({}));
-    if (!answer.ok) throw new Error(found.detail ?? `The server answers ${answer.status}.`);
+    if (!answer.ok) throw Object.assign(new Error(found.detail ?? `The server answers ${answer.status}.`), { status: answer.status });
     return found;
+  }
+
+  const sleep = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
+
+  /** How a job is. An answer that fails to come is asked for again: the job goes on meanwhile. */
+  async function look(id, missed) {
+    for (let wait = 500; ; wait *= 2) {
+      try {
+        return await ask(`jobs/${id}`);
+      } catch (error) {
+        if (error.status < 500 || wait > 4000) throw error;  // a refusal is an answer
+        missed();
+        await sleep(wait);
+      }
+    }
+  }
+
+  /** Cancels a job, also one whose number is still on its way here. */
+  function cancel(entry) {
+    if (entry && !entry.job) entry.asked.then(({ id }) => ask(`jobs/${id}`, undefined, "DELETE")).catch(() => null);
   }
 
   const alert = (error) => h("p", { class: "note", role: "alert" }, error.message);
@@ -33,54 +53,64 @@
   }
 
   /** A job's progress with its button to cancel, then what show(result) makes of it. Goes on after the page was left. */
-  function follow(box, kind, show, current) {
-    const entry = kept.jobs[kind];
+  async function follow(box, kind, show, current) {
+    const entry = kept.jobs[kind], mine = () => current() && kept.jobs[kind] === entry;
     if (!entry) return;
     const bar = h("progress", { max: 1, "aria-label": "Progress" });
     const words = h("span", { class: "soft", role: "status" });
-    const stop = h("button", { type: "button", class: "small", click: () => {
-      stop.disabled = true;
-      ask(`jobs/${entry.id}`, undefined, "DELETE").catch(() => null);
-    } }, "Cancel");
+    const stop = h("button", { type: "button", class: "small", click: () => { stop.disabled = true; cancel(entry); } }, "Cancel");
     box.replaceChildren(h("div", { class: "progress" }, bar, words, stop));
-    (async () => {
-      try {
-        for (;;) {
-          const job = entry.job ?? await ask(`jobs/${entry.id}`);
-          if (!current() || kept.jobs[kind] !== entry) return;
-          if (job.state === "waiting") {
-            words.textContent = job.ahead ? `waits for ${job.ahead} other${job.ahead > 1 ? "s" : ""}` : "waits";
-          } else if (job.state === "running") {
-            if (job.total) bar.value = Math.min(1, job.done / job.total); else bar.removeAttribute("value");
-            words.textContent = `${count(job.done)}${job.total ? ` of ${count(job.total)}` : ""} ${job.unit}`;
-          } else {
-            entry.job = job;
-            if (job.state === "done") box.replaceChildren(...[await show(job.result)].flat());
-            else box.replaceChildren(h("p", { class: "note", role: "status" }, job.state === "cancelled" ? "Cancelled." : job.error));
-            return;
-          }
-          await new Promise((resolve) => setTimeout(resolve, 250));
-        }
-      } catch (error) {
-        if (kept.jobs[kind] === entry) delete kept.jobs[kind];
-        if (current()) box.replaceChildren(alert(error));
-      }
-    })();
-  }
-
-  async function start(box, kind, path, body, show, current) {
-    const before = kept.jobs[kind];
-    if (before && !before.job) ask(`jobs/${before.id}`, undefined, "DELETE").catch(() => null);
+    let id = null;
     try {
-      kept.jobs[kind] = { id: (await ask(path, body)).id };
-      follow(box, kind, show, current);
+      ({ id } = await entry.asked);
+      for (;;) {
+        const job = entry.job ?? await look(id, () => { words.textContent = "The server does not answer; asking again …"; });
+        if (!mine()) return;
+        if (job.state === "waiting") {
+          words.textContent = job.ahead ? `waits for ${job.ahead} other${job.ahead > 1 ? "s" : ""}` : "waits";
+        } else if (job.state === "running") {
+          if (job.total) bar.value = Math.min(1, job.done / job.total); else bar.removeAttribute("value");
+          words.textContent = `${count(job.done)}${job.total ? ` of ${count(job.total)}` : ""} ${job.unit}`;
+        } else {
+          entry.job = job;
+          const shown = job.state === "done" ? [await show(job.result)].flat()
+            : [h("p", { class: "note", role: "status" }, job.state === "cancelled" ? "Cancelled." : job.error)];
+          if (mine()) box.replaceChildren(...shown);
+          return;
+        }
+        await sleep(250);
+      }
     } catch (error) {
+      if (!mine()) return;
       box.replaceChildren(alert(error));
+      if (id === null || error.status) delete kept.jobs[kind];  // refused, or forgotten by the server
+      else box.append(h("button", { type: "button", class: "small", click: () => follow(box, kind, show, current) }, "Ask again"));
     }
   }
 
-  const form = (send, ...children) => h("form", { submit: (event) => { event.preventDefault(); send(); } }, children);
-  const go = (text) => h("button", { class: "primary" }, text);
+  /** Asks for a job in the place of the one before, and follows it. Ends when the server has answered. */
+  function start(box, kind, path, body, show, current) {
+    cancel(kept.jobs[kind]);
+    const entry = kept.jobs[kind] = { asked: ask(path, body) };
+    follow(box, kind, show, current);
+    return entry.asked.catch(() => null);  // which follow tells
+  }
+
+  /** A form that is sent once at a time, by its button or by keys. */
+  function form(send, ...children) {
+    let pending = false;
+    const made = h("form", { submit: async (event) => {
+      event.preventDefault();
+      if (pending) return;
+      pending = button.disabled = true;
+      try { await send(); } finally { pending = button.disabled = false; }
+    } }, children);
+    const button = made.querySelector(".primary");
+    return made;
+  }
+
+  // The second click of a double click asks for nothing: it would cancel what the first has asked for.
+  const go = (text) => h("button", { class: "primary", click: (event) => { if (event.detail > 1) event.preventDefault(); } }, text);
 
   /** Tokens that make one character together are one piece: { text, places }. */
   function pieces(tokens) {
@@ -104,15 +134,16 @@
     const button = go("Which features fire?");
     box.append(form(async () => {
       kept.text = text.value;
-      button.disabled = true;
+      const mine = ++kept.reads;  // who left and came back may ask again while an answer is on its way
       try {
-        kept.read = await ask("activations", { text: text.value });
-        kept.chosen = kept.read.features[0]?.feature ?? null;
-        if (current()) await show();
+        const read = await ask("activations", { text: text.value });
+        if (mine !== kept.reads) return;
+        kept.read = read;
+        kept.chosen = read.features[0]?.feature ?? null;
+        await kept.draw();
       } catch (error) {
-        found.replaceChildren(alert(error));
+        if (mine === kept.reads) found.replaceChildren(alert(error));
       }
-      button.disabled = false;
     }, text, button), found);
     text.addEventListener("keydown", (event) => { if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) button.form.requestSubmit(); });
 
@@ -190,30 +221,46 @@
       place = Math.max(0, all.findIndex(({ places }) => places.includes(features[0]?.at ?? 0)));
       open(place);
     }
+    kept.draw = show;  // of the page that is there when an answer comes
     if (kept.read) await show();
   }
 
   // --- steer --------------------------------------------------------------------------------------------------------
 
+  const fresh = (feature) => ({ feature, mode: "pin", unit: "multiple", multiple: 2, value: 1 });
+
   async function steering(box, current, query) {
     for (const f of (query.get("features") ?? "").split(",").filter((word) => /^\d{1,9}$/.test(word)).map(Number)) {
-      if (!kept.edits.some((edit) => edit.feature === f)) kept.edits.push({ feature: f, mode: "pin", multiple: 2 });
+      kept.edits = kept.edits.filter((edit) => Number.isInteger(edit.feature));  // a row that waited for a number
+      if (!kept.edits.some((edit) => edit.feature === f)) kept.edits.push(fresh(f));
     }
-    if (!kept.edits.length) kept.edits.push({ feature: 0, mode: "pin", multiple: 2 });
+    if (!kept.edits.length) kept.edits.push(fresh(null));
     const list = h("ul", { class: "edits", "aria-label": "Features to edit" });
     const result = h("div");
     const field = (edit, name, options) => {
       const input = h("input", { type: "number", required: true, ...options, input: () => { edit[name] = input.valueAsNumber; } });
-      input.value = edit[name];
+      if (Number.isFinite(edit[name])) input.value = edit[name];
       return input;
+    };
+    const chosen = (edit, name, all, options) => {
+      const select = h("select", { ...options, change: () => { edit[name] = select.value; } },
+        all.map(([value, text]) => h("option", { value, selected: edit[name] === value }, text)));
+      return select;
     };
     function draw() {
       list.replaceChildren(...kept.edits.map((edit, i) => {
-        const times = h("label", null, "times its maximum", field(edit, "multiple", { step: "any", min: -100, max: 100 }));
-        times.hidden = edit.mode === "ablate";
-        const mode = h("select", { change: () => { edit.mode = mode.value; times.hidden = edit.mode === "ablate"; } },
-          [["pin", "set to"], ["add", "add"], ["ablate", "switch off"]].map(([value, text]) => h("option", { value, selected: edit.mode === value }, text)));
-        return h("li", null, h("label", null, "feature", field(edit, "feature", { min: 0, step: 1, max: 2147483647 })), h("label", null, "action", mode), times,
+        const times = field(edit, "multiple", { step: "any", min: -100, max: 100, "aria-label": "how many times its maximum" });
+        const value = field(edit, "value", { step: "any", min: -1e6, max: 1e6, "aria-label": "activation" });
+        const unit = chosen(edit, "unit", [["multiple", "times its maximum"], ["value", "as an activation"]], { "aria-label": "in" });
+        const mode = chosen(edit, "mode", [["pin", "set to"], ["add", "add"], ["ablate", "switch off"]]);
+        function fit() {  // what is hidden is disabled, or it would hold up the form
+          const off = edit.mode === "ablate";
+          for (const [it, hidden] of [[times, off || edit.unit !== "multiple"], [value, off || edit.unit !== "value"], [unit, off]]) it.hidden = it.disabled = hidden;
+        }
+        for (const select of [mode, unit]) select.addEventListener("change", fit);
+        fit();
+        return h("li", null, h("label", null, "feature", field(edit, "feature", { min: 0, step: 1, max: 2147483647 })), h("label", null, "action", mode),
+          h("span", { class: "amount" }, times, value, unit),
           kept.edits.length > 1 && h("button", { type: "button", class: "small", click: () => { kept.edits.splice(i, 1); draw(); } }, "remove"));
       }));
     }
@@ -224,10 +271,10 @@
     box.append(form(() => {
       kept.prompt = prompt.value;
       kept.options = options;
-      const edits = kept.edits.map(({ feature, mode, multiple }) => mode === "ablate" ? { feature, mode } : { feature, mode, multiple });
-      start(result, "steer", "steer", { edits, prompts: [prompt.value], ...options }, show, current);
+      const edits = kept.edits.map(({ feature, mode, unit, [unit]: amount }) => mode === "ablate" ? { feature, mode } : { feature, mode, [unit]: amount });
+      return start(result, "steer", "steer", { edits, prompts: [prompt.value], ...options }, show, current);
     }, list,
-    h("p", null, h("button", { type: "button", class: "small", click: () => { kept.edits.push({ feature: 0, mode: "pin", multiple: 2 }); draw(); list.lastChild.querySelector("input").focus(); } }, "another feature")),
+    h("p", null, h("button", { type: "button", class: "small", click: () => { kept.edits.push(fresh(null)); draw(); list.lastChild.querySelector("input").focus(); } }, "another feature")),
     prompt,
     h("div", { class: "controls" },
       h("label", null, "tokens", field(options, "tokens", { min: 1, max: 200 })), h("label", null, "texts", field(options, "samples", { min: 1, max: 4 })),
@@ -248,16 +295,17 @@
   async function scoring(box, current) {
     const overview = await load("overview");
     const name = h("input", { required: true, maxlength: 500, size: 28, list: "known-proxies", spellcheck: "false", autocomplete: "off" });
-    name.value = kept.options.proxy ?? "";
+    name.value = kept.proxy;
     const tokens = h("input", { type: "number", min: 1000, max: 5000000, step: 1000, value: 100000, required: true });
     const result = h("div");
     box.append(
       h("p", { class: "soft" }, "A script (Arabic), base64, DNA or hex; regex:[12]\\d{3} for a pattern, tokens:the,of for tokens, years=regex:… to give it a name."),
-      form(() => { kept.options.proxy = name.value; start(result, "proxy", "proxies", { name: name.value, tokens: tokens.valueAsNumber }, show, current); },
+      form(() => { kept.proxy = name.value; return start(result, "proxy", "proxies", { name: name.value, tokens: tokens.valueAsNumber }, show, current); },
         h("datalist", { id: "known-proxies" }, overview.proxies.map((value) => h("option", { value }))),
         h("div", { class: "controls" }, h("label", null, "proxy", name), h("label", null, "tokens of text", tokens), go("Score every feature"))), result);
 
     async function show(it) {
+      (fastsae.scores ??= new Map()).set(it.name, it.pearson);  // the list of features shows them and sorts by them
       const rows = await known();
       const best = it.features[0];
       return [
@@ -267,7 +315,8 @@
           it.neuron && h("p", null, `The best neuron is ${it.neuron.neuron}, r ${fixed(it.neuron.pearson)}; the best feature has ${fixed(best.pearson)}.`),
           fastsae.table(["feature", "r", "r that chose", "specificity", "lift", "recall", "known as"], it.features.map((row) => [
             link(row.feature), fixed(row.pearson), fixed(row.chosen), percent(row.specificity), row.lift === null ? "–" : `× ${number(row.lift)}`, percent(row.recall),
-            h("bdi", null, about(rows, overview.proxies, row.feature))]), { label: "Scores", words: 6 })),
+            h("bdi", null, about(rows, overview.proxies, row.feature))]), { label: "Scores", words: 6 }),
+          h("p", null, h("a", { href: `#/features?sort=${encodeURIComponent(`proxy:${it.name}`)}` }, "All features by this score"))),
       ];
     }
     follow(result, "proxy", show, current);

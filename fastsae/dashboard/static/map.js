@@ -34,7 +34,7 @@ fastsae.map = () => {
     canvas.addEventListener("blur", () => tip.hide());
     canvas.addEventListener("focus", () => { if (chosen >= 0) tell(); });
     new ResizeObserver(() => { if (canvas.isConnected) draw(); }).observe(canvas);
-    addEventListener("themed", function themed() { if (canvas.isConnected) draw(); else removeEventListener("themed", themed); });
+    charts.themed(canvas, draw);
     legend();
     draw();
   });
