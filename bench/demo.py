@@ -69,7 +69,7 @@ def _short(row: dict[str, Any]) -> dict[str, Any]:
         if row[part]:
             effects[part] = {name: row[part][name] for name in names}
     if row["match"]:
-        effects["match"] = row["match"]["pearson"]
+        effects["match"] = row["match"]["held_out"]
     return {**effects, **kept}
 
 

@@ -188,7 +188,8 @@ def _explanation(facts: Facts, f: int) -> dict[str, Any] | None:
 
 def feature_rows(facts: Facts, low: int = 0, high: int | None = None) -> dict[str, list[Any]]:
     """Columns of the list, of features low … high − 1: number, density, maximum, the proxy it follows best (its number,
-    −1 for none) with r on the other half, the best match's r, explanation with its score, the likeliest token with its
+    −1 for none) with r on the other half, the best match's r held
+    out, explanation with its score, the likeliest token with its
     logit weight, cluster (−1), ultra_low."""
     high = facts.d_sae if high is None else high
     numbers = range(low, high)
@@ -216,8 +217,9 @@ def feature_rows(facts: Facts, low: int = 0, high: int | None = None) -> dict[st
 
 
 def _matched(facts: Facts, f: int) -> float | None:
+    """r of the best match, chosen on one half of the documents and scored on the other."""
     row = facts.place_in_match.get(f)
-    return None if row is None or facts.match is None else short(facts.match.pearson[row])
+    return None if row is None or facts.match is None else short(facts.match.held_out[row])
 
 
 def overview(facts: Facts) -> dict[str, Any]:

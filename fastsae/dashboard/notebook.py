@@ -70,7 +70,8 @@ def _head(card: dict[str, Any]) -> str:
         name, r = card["follows"]
         facts.append(f"{name}: r {_number(r)}")
     if card["match"]:
-        facts.append(f"in the other run: feature {card['match']['feature']}, r {_number(card['match']['pearson'])}")
+        r = f"r held out {_number(card['match']['held_out'])}"
+        facts.append(f"in the other run: feature {card['match']['feature']}, {r}")
     # What an explanation quotes is kept apart: else a list of Arabic tokens would run from right to left.
     quoted = re.sub("`[^`]*`", lambda found: f"<bdi>{found[0]}</bdi>", escape(said["text"])) if said else ""
     names = {"spearman": "simulation ρ", "detection": "detection"}

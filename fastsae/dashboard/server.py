@@ -182,28 +182,6 @@ def _add_errors(app: FastAPI) -> None:
         return JSONResponse({"detail": str(error.detail)}, error.status_code, headers=error.headers)
 
 
-def searched(columns: dict[str, np.ndarray], search: str, *, offset: int, limit: int, **order: Any) -> dict[str, Any]:
-    """`selected` of the rows that a search finds: all of its words in a column of text, or the feature of a number that
-    stands alone, which comes first. order: sort and descending. static/list.js has the same rule."""
-    words = search.lower().split()
-    if not words:
-        return selected(columns, search="", offset=offset, limit=limit, **order)
-    text = [column for column in columns.values() if column.dtype == object]
-    joined = (" ".join(row).lower() for row in zip(*text, strict=True))
-    keep = np.zeros(len(columns["feature"]), dtype=bool)
-    if text:
-        keep[:] = [all(word in row for word in words) for row in joined]
-    alone = len(words) == 1 and words[0].isascii() and words[0].isdecimal()
-    asked = min(int(words[0]), schemas.FEATURE) if alone else -1  # no more than numpy can compare
-    keep |= columns["feature"] == asked
-    kept = {name: column[keep] for name, column in columns.items()}
-    if asked < 0:
-        return selected(kept, search="", offset=offset, limit=limit, **order)
-    found = selected(kept, search="", offset=0, limit=len(keep), **order)  # few: their text holds the number
-    rows = sorted(found["rows"], key=lambda row: row["feature"] != asked)
-    return {"total": len(rows), "offset": offset, "rows": rows[offset : offset + limit]}
-
-
 _Search = Annotated[str, Query(max_length=schemas.SEARCH_CHARACTERS)]
 _Sort = Annotated[str, Query(max_length=schemas.PROXY_CHARACTERS + 10)]
 _Offset = Annotated[int, Query(ge=0, le=schemas.FEATURE)]
@@ -228,7 +206,7 @@ def _add_stored(app: FastAPI, server: Server) -> None:
         search: words between spaces, each of which must occur, in capitals or not, in the feature's explanation, token
         or category. A number alone also finds the feature of that number, which comes first. The page's search has the
         same rule."""
-        found = searched(server.columns(), search, sort=sort, descending=descending, offset=offset, limit=limit)
+        found = selected(server.columns(), sort=sort, descending=descending, search=search, offset=offset, limit=limit)
         return schemas.Rows(**found)
 
     @app.get("/api/features/{feature}", tags=["report"], responses={**_refusals(404), **_INVALID})
@@ -253,7 +231,7 @@ def _add_stored(app: FastAPI, server: Server) -> None:
         match = server.match or server.stored.match
         if match is None:
             raise HTTPException(404, "the report holds no comparison: analyze with --other-sae, or run fastsae match")
-        found = searched(matched(match), search, sort=sort, descending=descending, offset=offset, limit=limit)
+        found = selected(matched(match), sort=sort, descending=descending, search=search, offset=offset, limit=limit)
         return schemas.Compared(**found, tokens=match.tokens, medians=plain(match.medians()))
 
 

@@ -129,21 +129,17 @@ def _column(name: str, values: list[Any]) -> np.ndarray:
 def selected(
     columns: dict[str, np.ndarray], *, sort: str, descending: bool, search: str, offset: int, limit: int
 ) -> dict[str, Any]:
-    """{"total", "offset", "rows"}: rows of columns [F] that hold the search text, sorted by a column. A search for a
-    number finds that feature too. What is unknown (NaN, empty) comes last. Raises FastSAEError for no such column."""
+    """{"total", "offset", "rows"}: rows of columns [F] that a search finds, sorted by a column; what is unknown (NaN,
+    empty) comes last. Found is what holds all words of the search in its texts, and the feature of a number that stands
+    alone, which comes first; static/list.js has the same rule. Raises FastSAEError for no such column."""
     if sort not in columns:
         raise FastSAEError(f"expected a column to sort by, one of {', '.join(columns)}, got {sort!r}")
-    F = len(columns["feature"])
-    rows = np.arange(F)
-    wanted = search.strip().casefold()
-    if wanted:
-        keep = np.zeros(F, dtype=bool)
-        for column in columns.values():
-            if column.dtype == object:
-                keep |= np.array([wanted in text.casefold() for text in column], dtype=bool)
-        if wanted.isascii() and wanted.isdecimal() and len(wanted) < 12:
-            keep |= columns["feature"] == int(wanted)
-        rows = rows[keep]
+    words = search.lower().split()
+    alone = len(words) == 1 and words[0].isascii() and words[0].isdecimal()
+    asked = min(int(words[0]), 2**31 - 1) if alone else -1  # no more than numpy can compare
+    rows = np.arange(len(columns["feature"]))
+    if words:
+        rows = rows[_holds(columns, words) | (columns["feature"] == asked)]
     column = columns[sort][rows]
     if column.dtype == object:
         text = [value.casefold() for value in column]
@@ -151,8 +147,18 @@ def selected(
         column = np.where([bool(value) for value in text], column, np.nan)
     value = column.astype(np.float64)
     rows = rows[np.argsort(np.where(np.isnan(value), np.inf, -value if descending else value), kind="stable")]
+    rows = rows[np.argsort(columns["feature"][rows] != asked, kind="stable")]
     shown = [{name: column[row] for name, column in columns.items()} for row in rows[offset : offset + limit]]
     return {"total": len(rows), "offset": offset, "rows": plain(shown)}
+
+
+def _holds(columns: dict[str, np.ndarray], words: list[str]) -> np.ndarray:
+    """[F] bool: which rows hold all words in their columns of text."""
+    text = [column for column in columns.values() if column.dtype == object]
+    if not text:
+        return np.zeros(len(columns["feature"]), dtype=bool)
+    joined = (" ".join(row).lower() for row in zip(*text, strict=True))
+    return np.array([all(word in row for word in words) for row in joined], dtype=bool)
 
 
 def matched(match: Match) -> dict[str, np.ndarray]:

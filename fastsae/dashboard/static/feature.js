@@ -15,7 +15,7 @@ fastsae.page("feature", async (main, argument, _query, current) => {
     h("ul", { class: "tags" },
       h("li", null, `fires on ${percent(it.density)} of tokens`), h("li", null, `maximum ${number(it.max)}`),
       h("li", null, `mean where it fires ${number(it.mean)}`),
-      it.proxies.length && it.fires ? h("li", null, `${it.proxies[0][0]}: r ${fixed(it.proxies[0][1])}`) : null,
+      it.follows && it.fires ? h("li", null, `${it.follows[0]}: r ${fixed(it.follows[1])}`) : null,
       it.cluster !== null ? h("li", null, h("a", { href: `#/features?cluster=${it.cluster}` }, `cluster ${it.cluster}`)) : null,
       it.ultra_low ? h("li", { class: "warn" }, "ultra-low cluster") : null),
   );

@@ -14,7 +14,7 @@ fastsae.page("features", async (main, _argument, query, current) => {
     max: { label: "maximum", of: it.max, down: true },
     score: { label: "proxy score", of: it.score, down: true },
     ...(has.explanations && { explained: { label: "explanation score", of: it.explained, down: true } }),
-    ...(has.match && { match: { label: "match in the other run", of: it.match, down: true } }),
+    ...(has.match && { match: { label: "match in the other run, held out", of: it.match, down: true } }),
     ...(has.logits && { logit: { label: "logit weight", of: it.logit, down: true }, token: { label: "logit token", of: it.token, down: false } }),
     ...Object.fromEntries([...scores].map(([key, { name, r }]) => [key, { label: `${cut(name, 32)}, r`, of: r, down: true }])),
   };

@@ -351,10 +351,8 @@
     const status = await ask("status");
     main.classList.add("live");
     main.append(h("h1", null, "Live"));
-    if (!status.live) {
-      main.append(h("p", { class: "note", role: "status" }, status.note));
-      if (argument !== "proxy") return undefined;
-    }
+    if (status.note) main.append(h("p", { class: "note", role: "status" }, status.note));  // why not, or a warning
+    if (!status.live && argument !== "proxy") return undefined;
     const tab = TABS.some(([name]) => name === (argument ?? "")) ? argument ?? "" : "";
     if (status.live) main.append(h("p", { class: "soft" }, `${status.about.model || "The model"}, ${status.about.hook}, ${count(status.about.d_sae)} features`));
     main.append(

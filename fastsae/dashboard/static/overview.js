@@ -7,7 +7,8 @@ fastsae.page("overview", async (main) => {
   const live = it.d_sae - it.dead;
   main.append(
     h("h1", null, `${count(it.d_sae)} features`, it.hook ? [" of ", h("code", null, it.hook)] : null),
-    h("p", { class: "lead" }, `Read on ${count(it.tokens)} tokens of ${count(it.documents)} documents that no part was trained on. `,
+    h("p", { class: "lead" }, `Read on ${count(it.tokens)} tokens of ${count(it.documents)} documents`,
+      it.of_store ? " of a store, on which the dictionary may have been trained. " : " that no part was trained on. ",
       `${count(live)} features fired at least once`, it.dead ? `, ${count(it.dead)} never did.` : "."),
     h("p", null, h("a", { class: "button", href: "#/features" }, "All features"), " ",
       h("a", { class: "button", href: `#/feature/${Math.floor(Math.random() * it.d_sae)}` }, "One at random")),
