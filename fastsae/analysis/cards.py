@@ -16,6 +16,7 @@ from fastsae.analysis import neurons, specificity
 from fastsae.analysis.examples import Evidence, Example
 from fastsae.analysis.histogram import NOTHING
 from fastsae.analysis.kept import Kept
+from fastsae.analysis.parts import ranks
 from fastsae.analysis.specificity import Moments, Overlap
 from fastsae.analysis.survey import BINS, Survey
 from fastsae.errors import FastSAEError
@@ -118,6 +119,8 @@ class Cards:
             )
         elif not survey.sums["together"].size:
             found.append("What fires together was not counted.")
+        if missing := survey.missing():
+            found.append(f"A part of the text is left out: {ranks(missing)} missing.")
         if feature is None:
             return found
         self._check(feature)
