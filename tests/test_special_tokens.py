@@ -1,4 +1,4 @@
-"""Text that holds special tokens, as dumps do: a window ends at them, live and from a store, and all verbs go through."""
+"""Text that holds special tokens, as dumps do: a window ends at them, live and from a store, and every verb works."""
 
 from __future__ import annotations
 
