@@ -99,12 +99,27 @@ def documents_digest(documents: Iterable[Any]) -> str | None:
         return None
     digest = hashlib.blake2b(digest_size=8)
     for document in documents:
-        digest.update(_text(document).encode("utf-8", "surrogatepass"))
+        digest.update(text_of(document).encode("utf-8", "surrogatepass"))
         digest.update(b"\0")
     return digest.hexdigest()
 
 
-def _text(document: Any) -> str:
+def tokens_digest(tokenizer: Any, documents: Iterable[Any], tokens: int | None = None) -> str:
+    """A fingerprint of what the tokenizer makes of the documents, in their order and up to so many tokens that are no
+    special ones, and of which those are. Costs tokenizing them."""
+    special = np.array(sorted(tokenizer.all_special_ids), dtype=np.int64)
+    digest = hashlib.blake2b(f"{special.tolist()} {tokenizer.bos_token_id}".encode(), digest_size=8)
+    kept = 0
+    for number, ids in _tokenize(tokenizer, _in_order(documents, None)):
+        digest.update(np.array([number, len(ids)]).tobytes() + ids.tobytes())
+        kept += int((~np.isin(ids, special)).sum())
+        if tokens is not None and kept >= tokens:
+            break
+    return digest.hexdigest()
+
+
+def text_of(document: Any) -> str:
+    """A document's text: itself, or its attribute. Raises FastSAEError for what has none."""
     text = document if isinstance(document, str) else getattr(document, "text", None)
     if not isinstance(text, str):
         raise FastSAEError(f"a document is a string or has a .text string, got {type(document).__name__}")
@@ -116,10 +131,10 @@ def _in_order(documents: Iterable[Any], seed: int | None) -> Iterator[tuple[int,
         raise FastSAEError("expected a list of documents, got one string: put it into a list")
     if seed is not None and isinstance(documents, Sequence):
         for number in np.random.default_rng([seed, 0]).permutation(len(documents)).tolist():
-            yield number, _text(documents[number])
+            yield number, text_of(documents[number])
     else:
         for number, document in enumerate(documents):
-            yield number, _text(document)
+            yield number, text_of(document)
 
 
 def _tokenize(tokenizer: Any, documents: Iterator[tuple[int, str]]) -> Iterator[tuple[int, np.ndarray]]:

@@ -39,10 +39,10 @@ def test_what_is_of_another_pass_or_damaged_is_refused(tmp_path):
     with pytest.raises(FastSAEError, match="its documents is abc, and xyz here"):
         Checkpoint(path, {"documents": "xyz"}).resume({"a": Counted()}, resume=True)
     path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(FastSAEError, match="damaged: remove it"):
+    with pytest.raises(FastSAEError, match="damaged: remove the file to start"):
         Checkpoint(path, {"documents": "abc"}).resume({"a": Counted()}, resume=True)
     path.write_bytes(b"")
-    with pytest.raises(FastSAEError, match="damaged: remove it"):
+    with pytest.raises(FastSAEError, match="damaged: remove the file to start"):
         Checkpoint(path, {"documents": "abc"}).resume({"a": Counted()}, resume=True)
 
 

@@ -33,6 +33,9 @@ def test_live_features_fire_in_both_halves(case) -> None:
     drawn = live_features(survey, 5, seed=1)
     assert len(drawn) == 5 and (fires[drawn] >= 50).all() and drawn == live_features(survey, 5, seed=1)
     assert sorted(live_features(survey, 1000)) == np.flatnonzero(fires >= 50).tolist()
+    assert live_features(survey, 0) == []
+    with pytest.raises(FastSAEError, match="count must be at least 0 features, got -3"):
+        live_features(survey, -3)
 
 
 def test_features_are_explained_from_one_half_and_scored_on_the_other(case, tmp_path) -> None:
@@ -120,6 +123,9 @@ def test_features_that_cannot_be_explained_are_told(case) -> None:
     source, tokenizer, texts = case
     with pytest.raises(FastSAEError, match="from 0 to 39, got 40"):
         explain_dictionary(source, tokenizer, texts, [40], show_progress=False)
+    for count in (0, -3):
+        with pytest.raises(FastSAEError, match=f"count must be at least 1 feature, got {count}"):
+            explain_dictionary(source, tokenizer, texts, count=count, show_progress=False)
     silent = int(np.flatnonzero(take_survey(source, tokenizer, texts[:1], show_progress=False, **SURVEY)[0]
                                 .sums["fires"].min(0) == 0)[0])  # fmt: skip
     with pytest.raises(FastSAEError, match=f"feature {silent} never fires on one half"):

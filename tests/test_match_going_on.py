@@ -130,9 +130,12 @@ def test_ranks_merge_to_the_match_of_one_process(tmp_path):
         read_match(a, b, tokenizer, TEXTS, rank=rank, world=3, out=tmp_path, resume=True, **MATCH) for rank in range(3)
     ]
     assert not calls  # they were done
-    assert max(int(part.result().tokens) for part in parts) < whole.tokens
+    assert max(int(part.result(partial=True).tokens) for part in parts) < whole.tokens
     for part in parts[1:]:
+        with pytest.raises(FastSAEError, match="of all ranks, and ranks? .*2 of 3 (is|are) missing: merge"):
+            parts[0].result()
         parts[0].merge(part)
+    assert parts[0].missing() == []
     found = parts[0].result().to_dict()
     for name, wanted in whole.to_dict().items():
         if isinstance(wanted, list):

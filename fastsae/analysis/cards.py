@@ -16,6 +16,7 @@ from fastsae.analysis import neurons, specificity
 from fastsae.analysis.examples import Evidence, Example
 from fastsae.analysis.histogram import NOTHING
 from fastsae.analysis.kept import Kept
+from fastsae.analysis.parts import ranks
 from fastsae.analysis.specificity import Moments, Overlap
 from fastsae.analysis.survey import BINS, Survey
 from fastsae.errors import FastSAEError
@@ -118,6 +119,8 @@ class Cards:
             )
         elif not survey.sums["together"].size:
             found.append("What fires together was not counted.")
+        if missing := survey.missing():
+            found.append(f"A part of the text is left out: {ranks(missing)} missing.")
         if feature is None:
             return found
         self._check(feature)
@@ -200,8 +203,8 @@ class Cards:
         where = windows.numbers(None if half is None else bool(half))
         active, ids = windows.of(feature, where)
         rows = np.arange(len(where))
-        if silent:
-            rows = rows[~(np.nan_to_num(active) > 0).any(1)] if len(rows) else rows
+        if silent and len(rows):
+            rows = rows[~((active > 0) & _around(ids, self.survey.config.around)).any(1)]
         return [self._example(where[i], active[i], ids[i]) for i in rows[:n]]
 
     def elsewhere(self, feature: int, n: int = 10, half: Half = None, tokens: int = 5) -> list[Example]:
@@ -220,8 +223,7 @@ class Cards:
         for i, token in enumerate(wanted):
             for row, at in zip(*np.nonzero(window_ids == token), strict=True):
                 if len(turns[i]) < n:
-                    example = self._example(where[row], active[row], window_ids[row])
-                    turns[i].append(_recentred(example, int(at) - centre))
+                    turns[i].append(self._example(where[row] + at - centre, active[row], window_ids[row], int(at)))
         mixed = [turn[i] for i in range(n) for turn in turns if i < len(turn)]
         return mixed[:n]
 
@@ -338,13 +340,16 @@ class Cards:
                 found.append(example)
         return found
 
-    def _example(self, where: Any, window: np.ndarray, ids: np.ndarray) -> Example:
-        there = np.flatnonzero(ids >= 0)
+    def _example(self, where: Any, window: np.ndarray, ids: np.ndarray, at: int | None = None) -> Example:
+        """What stands around the token `where` of the text, at place `at` of the window (its middle), as far as to the
+        edges of the context or a special token."""
+        at = self.survey.config.around if at is None else at
+        there = np.flatnonzero(_around(ids[None], at)[0])
         low, high = int(there[0]), int(there[-1]) + 1
         document = int(np.searchsorted(self.survey.first, where, side="right")) - 1
         return Example(
-            ids[low:high].astype(np.int64), window[low:high].astype(np.float32), self.survey.config.around - low,
-            document, int(where - self.survey.first[document]),
+            ids[low:high].astype(np.int64), window[low:high].astype(np.float32), at - low, document,
+            int(where - self.survey.first[document]),
         )  # fmt: skip
 
 
@@ -357,8 +362,9 @@ def _near(one: Example, other: Example, around: int) -> bool:
     return one.document == other.document and abs(one.position - other.position) <= around
 
 
-def _recentred(example: Example, by: int) -> Example:
-    """The same window, seen from the token `by` places on."""
-    return Example(
-        example.token_ids, example.activations, example.at + by, example.document, example.position + by
-    )
+def _around(ids: np.ndarray, at: int) -> np.ndarray:
+    """[M, W] bool: which places of windows with these ids are joined to place `at` by tokens alone. Special tokens, of
+    which nothing was read, are −1 as is what lies outside of the context."""
+    there = ids >= 0
+    before = np.logical_and.accumulate(there[:, at::-1], axis=1)[:, ::-1]
+    return np.concatenate([before[:, :-1], np.logical_and.accumulate(there[:, at:], axis=1)], axis=1)

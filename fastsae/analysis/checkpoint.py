@@ -35,11 +35,12 @@ class Checkpoint:
     """The parts of one pass in one file, with how many batches of text they have seen.
 
     about: what the pass is of, such as digests of dictionaries and documents; ready for JSON. A file of something else
-    is refused.
+    is refused. folder: what refusals tell to remove, where the pass has a folder of its own; None: the file.
     """
 
-    def __init__(self, path: str | Path, about: dict[str, Any]) -> None:
+    def __init__(self, path: str | Path, about: dict[str, Any], folder: Path | None = None) -> None:
         self.path, self._about = Path(path), json.loads(json.dumps(about, default=str))
+        self._remove = "remove the file" if folder is None else f"remove {folder}"
         self._saved, self._pause = time.monotonic(), SECONDS
 
     def resume(self, parts: Mapping[str, Part], resume: bool) -> int:
@@ -51,18 +52,18 @@ class Checkpoint:
             return 0
         if not resume:
             raise FastSAEError(
-                f"{self.path} is an unfinished pass: resume it, choose another folder, or remove the file"
+                f"{self.path} is an unfinished pass: resume it, choose another folder, or {self._remove}"
             )
         found = read_arrays(self.path)
         if found is None:
-            raise FastSAEError(f"{self.path} is damaged: remove it to start the pass again")
+            raise FastSAEError(f"{self.path} is damaged: {self._remove} to start the pass again")
         arrays, about = found
         batches = about.pop("batches", 0)
         if about != self._about:
             key = next(k for k in {**self._about, **about} if about.get(k) != self._about.get(k))
             raise FastSAEError(
                 f"{self.path} is of another pass: its {key} is {about.get(key)}, and {self._about.get(key)} here; "
-                "choose another folder, or remove the file"
+                f"choose another folder, or {self._remove}"
             )
         for name, part in parts.items():
             head = name + "/"

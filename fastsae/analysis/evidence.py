@@ -31,7 +31,12 @@ _LOGIT_CONTEXTS = 8
 
 
 def live_features(survey: Survey, count: int, seed: int = 0, least: int = LEAST_FIRES) -> list[int]:
-    """`count` features drawn at random from those that fire on enough tokens of both halves, or all of these."""
+    """`count` features drawn at random from those that fire on enough tokens of both halves, or all of these; 0: none.
+
+    Raises FastSAEError for a count below 0.
+    """
+    if count < 0:
+        raise FastSAEError(f"count must be at least 0 features, got {count}")
     fires = np.minimum(*(survey.sums["fires"][half] for half in (CHOOSE, SCORE)))
     live = np.flatnonzero(fires >= least)
     return np.random.default_rng(seed).permutation(live)[:count].tolist()
@@ -75,9 +80,11 @@ def explain_dictionary(
     same tokenizer: a group "shuffled model". out: as for `explain_features`, whose result this returns; what is there
     is not done again.
 
-    Raises FastSAEError for features that there are not, or that never fire on one half of the text, and what
-    `explainer_of`, `take_survey` and `explain_features` raise.
+    Raises FastSAEError for features that there are not, or that never fire on one half of the text, for a count below
+    1, and what `explainer_of`, `take_survey` and `explain_features` raise.
     """
+    if count < 1:
+        raise FastSAEError(f"count must be at least 1 feature, got {count}")
     survey_config = survey_config or SurveyConfig(categories=())
     if bad := [f for f in features if not 0 <= f < source.sae.cfg.d_sae]:
         raise FastSAEError(f"features must be numbers from 0 to {source.sae.cfg.d_sae - 1}, got {bad[0]}")

@@ -154,9 +154,10 @@ class Spelling:
     @classmethod
     def of(cls, token_ids: np.ndarray, documents: np.ndarray, bytes_of: TokenBytes) -> Spelling:
         """Spell out a token stream. Raises FastSAEError for ids that are not in the vocabulary."""
-        if len(token_ids) and not 0 <= token_ids.min() <= token_ids.max() < len(bytes_of):
+        bad = token_ids[(token_ids < 0) | (token_ids >= len(bytes_of))]
+        if len(bad):
             raise FastSAEError(
-                f"expected token ids below {len(bytes_of)}, got {token_ids.max()}: give the model's own tokenizer"
+                f"expected token ids below {len(bytes_of)}, got {bad[0]}: give the model's own tokenizer"
             )
         data, starts = bytes_of.spell(token_ids)
         points, character = decode_utf8(data)

@@ -135,8 +135,8 @@ class Running:
             rank, world, *covered = surveys[0].parts[0]
             asked = {**vars(surveys[0].config), "rank": rank, "world": world, "covered": covered}
             about = asked | {"proxies": surveys[0].proxies, "also": sorted(self._also)} | about  # names before digests
-            self._place = Checkpoint(self._folder / PASS, about)
-            self._place_also = Checkpoint(self._folder / ALSO, about)
+            self._place = Checkpoint(self._folder / PASS, about, self._folder)
+            self._place_also = Checkpoint(self._folder / ALSO, about, self._folder)
             self._begin(resume)
 
     @property
@@ -151,25 +151,27 @@ class Running:
         if (self.batches or self.finished) and self._watch is not None:
             raise FastSAEError(
                 f"{self._folder} holds a pass that goes on, of which watch would miss what has been read: give it as "
-                "also= with arrays() and load(), or choose another folder"
+                f"also= with arrays() and load(), choose another folder, or remove {self._folder}"
             )
 
     def _take_finished(self, resume: bool) -> None:
         there = [file for file in [*self._files, self._place_also.path] if file.exists()]
+        remedy = f"choose another folder, or remove {self._folder}"  # all of it: its files are those of one pass
         if not there:
             return
         if not resume:
-            raise FastSAEError(f"{there[0]} exists: resume, or choose another folder")
+            raise FastSAEError(f"{there[0]} exists: resume, {remedy}")
         wanted = [*self._files, *([self._place_also.path] if self._also else [])]
         if missing := [file.name for file in wanted if not file.exists()]:
-            raise FastSAEError(f"{there[0]} is of another pass, which made no {missing[0]}: choose another folder")
-        found = [Survey.load(file) for file in self._files]
+            raise FastSAEError(f"{there[0]} is of another pass, which made no {missing[0]}: {remedy}")
+        found = [Survey.load(file, remedy) for file in self._files]
         for mine, theirs in zip(self.surveys, found, strict=True):
-            mine.check_like(theirs)
+            mine.check_like(theirs, remedy)
             if mine.parts != theirs.parts:
                 raise FastSAEError(
                     f"the surveys in {self._folder} are of another part of the text, rank and world "
-                    f"{[part[:2] for part in theirs.parts]}: give every rank a folder of its own"
+                    f"{[part[:2] for part in theirs.parts]}: give every rank a folder of its own, or remove "
+                    f"{self._folder}"
                 )
         self._place_also.resume(self._watchers, True)
         self.surveys, self.finished = found, True

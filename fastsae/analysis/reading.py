@@ -5,16 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from fastsae.analysis.checkpoint import Arrays, Checkpoint, dictionary_digest, model_digest
+from fastsae.analysis.parts import Piece
 from fastsae.analysis.passes import Watcher
 from fastsae.analysis.stream import Read, Source, check_rank, read
-from fastsae.contexts import documents_digest
+from fastsae.contexts import documents_digest, tokens_digest
 from fastsae.interrupt import uninterrupted
 from fastsae.progress import progress
+
+
+class Sums(Watcher, Protocol):
+    """What text is read into: as `parts.Parted`, it is told of what it is and which part of it."""
+
+    of: dict[str, Any]
+    parts: list[Piece]
 
 
 class _Place:
@@ -42,7 +50,7 @@ def pass_file(out: str | Path, title: str, rank: int = 0, world: int = 1) -> Pat
 
 
 def read_into(
-    sums: Watcher,
+    sums: Sums,
     sources: Sequence[Source],
     tokenizer: Any,
     documents: Sequence[Any],
@@ -67,14 +75,15 @@ def read_into(
     check_rank(rank, world)
     place, batches = _Place(), 0
     parts = {"sums": sums, "place": place}
+    sums.of = {
+        "documents": documents_digest(documents), "text": tokens_digest(tokenizer, documents, config.tokens),
+        "dictionaries": [dictionary_digest(source.sae) for source in sources],
+        "models": [model_digest(source.model) for source in sources], "hooks": [source.hook for source in sources],
+    }  # fmt: skip
+    sums.parts = [(rank, world, 0, len(documents))]
     checkpoint = None
     if out is not None:
-        about = {
-            "pass": title, "dictionaries": [dictionary_digest(source.sae) for source in sources],
-            "models": [model_digest(source.model) for source in sources],
-            "hooks": [source.hook for source in sources], "documents": documents_digest(documents),
-            "config": asdict(config), "rank": rank, "world": world,
-        }  # fmt: skip
+        about = sums.of | {"pass": title, "config": asdict(config), "rank": rank, "world": world}
         checkpoint = Checkpoint(pass_file(out, title, rank, world), about)
         batches = checkpoint.resume(parts, resume)
     if place.whole:

@@ -1,15 +1,14 @@
 """Features that split as the dictionary grows: a layered graph over dictionaries of one model, and a map of them.
 
-Axes: n tokens, L dictionaries ("layers", narrowest first), F features of one of them, E edges, M points of the map.
+Axes: n tokens, F features of a dictionary, M points of the map.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,149 +17,14 @@ from torch import Tensor
 from fastsae.analysis.checkpoint import Arrays
 from fastsae.analysis.cross import FeatureSums, add_products, cosine, entries, joined, load_joined, row_blocks
 from fastsae.analysis.follows import Follows
+from fastsae.analysis.parts import Parted
 from fastsae.analysis.reading import pass_file, read_into
+from fastsae.analysis.splits import Edges, Split, SplitConfig
 from fastsae.analysis.stream import Read, Source, check_rank
 from fastsae.codes import SparseCode
 from fastsae.errors import FastSAEError, MissingDependencyError
 from fastsae.files import write_json
 from fastsae.harvest import check_options
-
-
-@dataclass(frozen=True)
-class SplitConfig:
-    """When two features of neighbouring dictionaries belong together. Raises FastSAEError for values out of range."""
-
-    tokens: int | None = None
-    """Held-out tokens to read; default: all."""
-    context: int = 128
-    """Tokens in a context, the begin-of-text token included."""
-    batch_size: int = 32
-    """Contexts in a forward pass."""
-    threshold: float = 0.4
-    """An edge needs a cosine of activations above this (the paper's value)."""
-    min_fires: int = 10
-    """Features that are active on fewer tokens than this have no edges."""
-    memory: float = 2.0
-    """GiB that the sums of products may take: 8 bytes for each pair of features of neighbouring dictionaries."""
-
-    def __post_init__(self) -> None:
-        if self.tokens is not None and self.tokens < 1:
-            raise FastSAEError(f"tokens must be at least 1, got {self.tokens}; leave it out to read all")
-        for name, least in (("context", 2), ("batch_size", 1), ("min_fires", 1)):
-            if getattr(self, name) < least:
-                raise FastSAEError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if not 0 < self.threshold < 1:
-            raise FastSAEError(f"threshold must be between 0 and 1, got {self.threshold}")
-        if not self.memory > 0:
-            raise FastSAEError(f"memory must be more than 0 GiB, got {self.memory}")
-
-
-class Edges(NamedTuple):
-    """Between one dictionary and the next wider one. parents, children: [E] int64, by parent and then by falling
-    cosine; cosines: [E] float32."""
-
-    parents: Tensor
-    children: Tensor
-    cosines: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Split:
-    """The layered graph. density: of each of the L dictionaries, the share of tokens on which each feature fires [F].
-    edges: L − 1 of them, edges[l] from dictionary l to l + 1."""
-
-    tokens: int
-    threshold: float
-    density: tuple[Tensor, ...]
-    edges: tuple[Edges, ...]
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        return tuple(len(part) for part in self.density)
-
-    def children(self, layer: int, feature: int) -> list[tuple[int, float]]:
-        """(feature of the next dictionary, cosine), closest first; none in the last dictionary."""
-        self._check(layer, feature)
-        if layer + 1 == len(self.density):
-            return []
-        edges = self.edges[layer]
-        at = (edges.parents == feature).nonzero().flatten()
-        return list(zip(edges.children[at].tolist(), edges.cosines[at].tolist(), strict=True))
-
-    def parents(self, layer: int, feature: int) -> list[tuple[int, float]]:
-        """(feature of the dictionary before, cosine), closest first; none in the first dictionary."""
-        self._check(layer, feature)
-        if layer == 0:
-            return []
-        edges = self.edges[layer - 1]
-        at = (edges.children == feature).nonzero().flatten()
-        found = zip(edges.parents[at].tolist(), edges.cosines[at].tolist(), strict=True)
-        return sorted(found, key=lambda pair: -pair[1])
-
-    def descendants(self, layer: int, feature: int) -> dict[int, list[int]]:
-        """By dictionary, the features that can be reached from one along edges, ascending; itself in its own."""
-        self._check(layer, feature)
-        reached = torch.tensor([feature])
-        found = {layer: [feature]}
-        for l in range(layer, len(self.edges)):
-            edges = self.edges[l]
-            reached = edges.children[torch.isin(edges.parents, reached)].unique()
-            found[l + 1] = reached.tolist()
-        return found
-
-    def _check(self, layer: int, feature: int) -> None:
-        if not 0 <= layer < len(self.density):
-            raise FastSAEError(f"layer must be from 0 to {len(self.density) - 1}, got {layer}")
-        if not 0 <= feature < self.widths[layer]:
-            raise FastSAEError(f"features of layer {layer} are 0 to {self.widths[layer] - 1}, got {feature}")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON: widths, densities, edges as lists of [parent, child, cosine], and how features split."""
-        return {
-            "tokens": self.tokens,
-            "threshold": self.threshold,
-            "widths": list(self.widths),
-            "density": [part.tolist() for part in self.density],
-            "edges": [
-                [[p, c, round(r, 4)] for p, c, r in zip(*(column.tolist() for column in edges), strict=True)]
-                for edges in self.edges
-            ],
-            "summary": self.summary(),
-        }
-
-    def summary(self) -> list[dict[str, float]]:
-        """Of each step from one dictionary to the next: edges, parents with a child, and the mean and largest number
-        of children of those."""
-        rows = []
-        for edges, size in zip(self.edges, self.widths, strict=False):
-            counts = torch.bincount(edges.parents, minlength=size)
-            have = counts[counts > 0].double()
-            mean, most = (float(have.mean()), float(have.max())) if len(have) else (0.0, 0.0)
-            rows.append({"edges": len(edges.parents), "parents": len(have), "mean_children": mean, "most": most})
-        return rows
-
-    def steps(self) -> list[tuple[int, int, dict[str, float]]]:
-        """(width, next width, row of `summary`) of each step from one dictionary to the next."""
-        return list(zip(self.widths, self.widths[1:], self.summary(), strict=False))
-
-    def save(self, path: str | Path) -> None:
-        """Writes to_dict() as JSON."""
-        write_json(Path(path), self.to_dict())
-
-    @classmethod
-    def load(cls, path: str | Path) -> Split:
-        """What save wrote, cosines to 4 places. Raises FastSAEError for another file."""
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-            edges = (torch.tensor(part, dtype=torch.float64).reshape(-1, 3) for part in values["edges"])
-            return cls(
-                values["tokens"],
-                values["threshold"],
-                tuple(torch.tensor(part, dtype=torch.float64) for part in values["density"]),
-                tuple(Edges(rows[:, 0].long(), rows[:, 1].long(), rows[:, 2].float()) for rows in edges),
-            )
-        except (OSError, ValueError, KeyError, TypeError):
-            raise FastSAEError(f"expected a file that `fastsae split` wrote, got {path}: run split again") from None
 
 
 def split(
@@ -229,9 +93,9 @@ def read_split(
     return splitting
 
 
-class Splitting:
+class Splitting(Parted):
     """The sums of one graph: `add` the codes of the same tokens by every dictionary, then `result`. `merge` takes in
-    the sums of other tokens."""
+    the sums of other tokens. of, parts: as of a Survey; missing() tells which ranks are not in."""
 
     def __init__(self, widths: Sequence[int], config: SplitConfig, device: torch.device | str = "cpu") -> None:
         if list(widths) != sorted(widths):
@@ -243,6 +107,7 @@ class Splitting:
                 f"widths {list(widths)} need {need:.3g} GiB of sums, memory allows {config.memory:g}: raise memory, or "
                 "leave the widest dictionary out"
             )
+        super().__init__()
         self.config, self.device = config, torch.device(device)
         self._sums = [FeatureSums(size, device) for size in widths]
         self._products = [torch.zeros(a, b, dtype=torch.float64, device=device) for a, b in pairs]
@@ -259,25 +124,34 @@ class Splitting:
     def arrays(self) -> Arrays:
         """The whole state, to be saved."""
         products = {f"products{i}": xy.cpu().numpy() for i, xy in enumerate(self._products)}
-        return products | joined({f"sums{i}": sums for i, sums in enumerate(self._sums)})
+        sums = joined({f"sums{i}": sums for i, sums in enumerate(self._sums)})
+        return products | sums | self._parted_arrays()
 
     def load(self, arrays: Arrays) -> None:
         """What `arrays` gave to a Splitting of the same widths."""
         for i, xy in enumerate(self._products):
             xy.copy_(torch.from_numpy(arrays[f"products{i}"]))
         load_joined({f"sums{i}": sums for i, sums in enumerate(self._sums)}, arrays)
+        self._load_parted(arrays)
 
     def merge(self, other: Splitting) -> None:
-        """Takes in the sums of other tokens. Raises FastSAEError for a graph of something else."""
+        """Takes in the sums of other tokens.
+
+        Raises FastSAEError for a graph of something else, or of a part of the text that is in already.
+        """
         mine, theirs = ((s.config, [xy.shape for xy in s._products]) for s in (self, other))
         if mine != theirs:
             raise FastSAEError("graphs to merge must be of the same dictionaries with the same configuration")
+        self._join(other, "graphs", empty=not self._sums[0].n)
         for sums, more in zip(self._sums, other._sums, strict=True):
             sums.merge(more)
         for xy, more in zip(self._products, other._products, strict=True):
             xy += more.to(xy.device)
 
-    def result(self) -> Split:
+    def result(self, partial: bool = False) -> Split:
+        """The graph. Raises FastSAEError where ranks are missing, unless partial: of what is in."""
+        if not partial:
+            self._check_whole("the sums of a graph")
         edges = tuple(
             self._edges(*step) for step in zip(self._products, self._sums, self._sums[1:], strict=False)
         )  # fmt: skip

@@ -26,6 +26,7 @@ from torch import Tensor
 from fastsae.analysis.checkpoint import Arrays, read_arrays, save_arrays
 from fastsae.analysis.histogram import Ranges, exponents, widened
 from fastsae.analysis.kept import Kept, uniform
+from fastsae.analysis.parts import Parted, check_parts
 from fastsae.analysis.proxies import DEFAULT
 from fastsae.analysis.stream import Read
 from fastsae.analysis.sums import BINNED, BINS, HALVES, Sums
@@ -89,17 +90,18 @@ class SurveyConfig:
             raise FastSAEError(f"tokens must be at least 1, got {self.tokens}; leave it out to read all")
 
 
-class Survey:
+class Survey(Parted):
     """What one pass has learnt of F features. Made by `take_survey` (or by hand: `add` every Read); read with `Cards`.
 
     proxies: names, in the order of the axis P. ranges: of every feature. maximum: [2, F]. neuron_max: [D]. shift: [D],
     what is taken off x before it is summed (the mean of the first batch), None before there is one.
     batches: how many batches of text were read. first: [documents + 1], the number of each document's first token.
     of: what was read with what (digests of dictionary, model and text), empty in a survey made by hand. parts: which of
-    it, (rank, world, first document, end) each.
+    it, (rank, world, first document, end) each; missing() has those of the other ranks, where they are not in.
     """
 
     def __init__(self, d_sae: int, d_in: int, names: tuple[str, ...], config: SurveyConfig | None = None) -> None:
+        super().__init__()
         self.config = config = config or SurveyConfig()
         self.d_sae, self.d_in, self.proxies, self.batches = d_sae, d_in, tuple(names), 0
         neurons = 8 * d_sae * d_in <= config.neuron_memory * 2**30
@@ -109,8 +111,6 @@ class Survey:
         self.neuron_max = np.full(d_in, -np.inf, dtype=np.float32)
         self.shift: np.ndarray | None = None
         self.first = np.zeros(1, dtype=np.int64)
-        self.of: dict[str, Any] = {}
-        self.parts: list[tuple[int, int, int, int]] = []
         apart = 2 * config.around  # not five times the same sentence
         self.top = Kept(config.top, config.around, _by_half, HALVES * d_sae, apart)
         self.bottom = Kept(config.bottom, config.around, _by_half, HALVES * d_sae, apart)
@@ -241,15 +241,16 @@ class Survey:
 
     # --- ranks, shards, sessions ------------------------------------------------------------------------------------
 
-    def check_like(self, other: Survey) -> None:
-        """Raises FastSAEError where the other is of other sizes, proxies, settings, dictionary, model or text."""
+    def check_like(self, other: Survey, remedy: str = "") -> None:
+        """Raises FastSAEError where the other is of other sizes, proxies, settings, dictionary, model or text. remedy:
+        what the error is to advise."""
         mine, theirs = self._identity(), other._identity()
         different = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
         if different:
             key = different[0]
             raise FastSAEError(
                 f"surveys must be of the same dictionary, text and settings: {key} is {mine.get(key)} here and "
-                f"{theirs.get(key)} there; use another folder"
+                f"{theirs.get(key)} there{remedy and '; ' + remedy}"
             )
 
     def l0(self) -> float:
@@ -265,7 +266,7 @@ class Survey:
             if not (empty.batches or empty.of or empty.parts):  # made to be merged into
                 empty.of = full.of
         self.check_like(other)
-        _check_parts(self.parts, other.parts)
+        check_parts(self.parts, other.parts, "surveys")
         if not (self.batches and other.batches):
             self.first = self.first if self.batches else other.first
         elif not np.array_equal(self.first, other.first):
@@ -324,8 +325,9 @@ class Survey:
         return Path(path)
 
     @classmethod
-    def load(cls, path: str | Path) -> Survey:
-        """What `save` wrote. Files of version 1 do not say what they are of, and merge with their like only.
+    def load(cls, path: str | Path, remedy: str = "make it again") -> Survey:
+        """What `save` wrote. Files of version 1 do not say what they are of, and merge with their like only. remedy:
+        what the error is to advise for a damaged one.
 
         Raises FastSAEError for a file that is none, is damaged or comes from a later version."""
         path = Path(path)
@@ -333,7 +335,7 @@ class Survey:
             raise FastSAEError(f"there is no survey at {path}: make one with fastsae analyze")
         read = read_arrays(path)
         if read is None:
-            raise FastSAEError(f"{path} is no survey, or a damaged one: make it again")
+            raise FastSAEError(f"{path} is no survey, or a damaged one: {remedy}")
         arrays, about = read
         if about.get("format") != FORMAT or about.get("version", 0) > VERSION:
             raise FastSAEError(f"expected a {FORMAT} up to version {VERSION} at {path}, got {about.get('format')}")
@@ -352,27 +354,6 @@ def active(code: SparseCode) -> Entries:
         rows.cpu().numpy(), code.indices[rows, slots].cpu().numpy().astype(np.int64),
         code.values[rows, slots].detach().float().cpu().numpy(),
     )  # fmt: skip
-
-
-def _check_parts(mine: list[tuple[int, int, int, int]], theirs: list[tuple[int, int, int, int]]) -> None:
-    """Raises FastSAEError where something would be counted twice."""
-    for rank, world, low, high in theirs:
-        for my_rank, my_world, my_low, my_high in mine:
-            if high <= my_low or my_high <= low:
-                continue
-            of = f"documents {low} to {high - 1}"
-            if (low, high) != (my_low, my_high):
-                raise FastSAEError(
-                    f"surveys to merge must not share documents: {of} there, {my_low} to {my_high - 1} here"
-                )
-            if world != my_world:
-                raise FastSAEError(
-                    f"surveys to merge must be of one number of ranks: {of} were read by {world} there, {my_world} here"
-                )
-            if rank == my_rank:
-                raise FastSAEError(
-                    f"surveys to merge must be of different parts: rank {rank} of {world} has been added already"
-                )
 
 
 def _by_half(feature: np.ndarray, half: np.ndarray, value: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ import numpy as np
 
 from fastsae.analysis.labels import Spelling, TokenBytes
 from fastsae.analysis.proxies import Proxy, TokenCounts, score_all
+from fastsae.contexts import text_of
 from fastsae.errors import FastSAEError
 
 _AT_ONCE = 64  # documents
@@ -22,7 +23,7 @@ _AT_ONCE = 64  # documents
 class Text:
     """ids: [N] int32, in a temporary file that is read as an array. first: [documents + 1], where each document
     begins. half: [documents] bool, True where features are scored, False where they are chosen. bytes_of: the
-    vocabulary's. counts: of the whole text, for proxies.
+    vocabulary's. special: ids that are no text, which no pass reads. counts: of the whole text, for proxies.
 
     Memory: the documents themselves, and what the system keeps of the file (4 bytes a token); scores are made for
     some documents at a time, or kept for all of them, 4 N P bytes, where tokens are asked for in no order
@@ -40,7 +41,7 @@ class Text:
             raise FastSAEError(f"expected a list of documents, got {type(documents).__name__}: {remedy}")
         self.stretch = stretch
         digest = hashlib.blake2b(digest_size=8)
-        self.bytes_of = TokenBytes.of(tokenizer)
+        self.bytes_of, self.special = TokenBytes.of(tokenizer), sorted(tokenizer.all_special_ids)
         self.proxies = tuple(chosen)
         lengths, file = [], tempfile.TemporaryFile()
         for start in range(0, len(documents), _AT_ONCE):
@@ -109,8 +110,9 @@ class Text:
         return np.where((near >= low[:, None]) & (near < high[:, None]), near, -1)
 
     def ids_at(self, near: np.ndarray) -> np.ndarray:
-        """Token ids at `near`, −1 where that is −1: int32."""
-        return np.where(near >= 0, self.ids[np.maximum(near, 0)].astype(np.int32), np.int32(-1))
+        """Token ids at `near`, −1 where that is −1 or where a special token stands: int32."""
+        ids = self.ids[np.maximum(near, 0)].astype(np.int32)
+        return np.where((near >= 0) & ~np.isin(ids, self.special), ids, np.int32(-1))
 
     def document_of(self, where: np.ndarray | int) -> np.ndarray:
         """The document that tokens stand in."""
@@ -132,11 +134,3 @@ def scoring_half(documents: Iterable[Any]) -> list[bool]:
     ]
     rank = {key: number for number, key in enumerate(sorted(set(keys)))}
     return [rank[key] % 2 == 1 for key in keys]
-
-
-def text_of(document: Any) -> str:
-    """A document's text: itself, or its attribute. Raises FastSAEError for what has none."""
-    text = document if isinstance(document, str) else getattr(document, "text", None)
-    if not isinstance(text, str):
-        raise FastSAEError(f"a document is a string or has a .text string, got {type(document).__name__}")
-    return text

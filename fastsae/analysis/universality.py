@@ -31,6 +31,7 @@ from fastsae.analysis.cross import (
 )
 from fastsae.analysis.logit_map import ContextSample, logit_map, unembedding
 from fastsae.analysis.matches import SHUFFLED, TRAINED, Match, MatchConfig
+from fastsae.analysis.parts import Parted
 from fastsae.analysis.reading import pass_file, read_into
 from fastsae.analysis.stream import Read, Source, check_rank
 from fastsae.analysis.text import scoring_half
@@ -144,17 +145,18 @@ def _require_scipy() -> None:
         raise MissingDependencyError("match needs scipy: pip install 'fastsae[all]'") from None
 
 
-class Matching:
+class Matching(Parted):
     """The sums of one comparison: `add` every Read of (a, b[, control]), `merge` those of other tokens, then `result`.
 
     scoring: for each document whether it is in the half on which a match is scored, else chosen. control_kind: what the
-    result is to call the control.
+    result is to call the control. of, parts: as of a Survey; missing() tells which ranks are not in.
     """
 
     def __init__(
         self, a: Source, b: Source, control: Source | None, scoring: Sequence[bool], config: MatchConfig,
         control_kind: str = TRAINED,
     ) -> None:  # fmt: skip
+        super().__init__()
         self.a, self.b, self.control, self.config = a, b, control, config
         self.control_kind = None if control is None else control_kind
         self._scoring = torch.tensor(list(scoring), dtype=torch.bool)
@@ -188,26 +190,32 @@ class Matching:
                 x, y = (each[rows.to(each.device)] for each in some.xs[:2])
                 self._neurons.add(half, x, y)
 
-    def _parts(self) -> Mapping[str, Part]:
+    def _sums_by_name(self) -> Mapping[str, Part]:
         parts: dict[str, Part] = {f"sums{half}": sums for half, sums in enumerate(self._sums)}
         parts |= {f"cross{i}": cross for i, cross in enumerate(self._crosses)} | {"contexts": self._contexts}
         return parts if self._neurons is None else parts | {"neurons": self._neurons}
 
     def arrays(self) -> Arrays:
         """The whole state, to be saved."""
-        return joined(self._parts())
+        return joined(self._sums_by_name()) | self._parted_arrays()
 
     def load(self, arrays: Arrays) -> None:
         """What `arrays` gave to a Matching of the same."""
-        load_joined(self._parts(), arrays)
+        load_joined(self._sums_by_name(), arrays)
+        self._load_parted(arrays)
 
     def merge(self, other: Matching) -> None:
-        """Takes in the sums of other tokens. Raises FastSAEError for a comparison of something else."""
+        """Takes in the sums of other tokens.
+
+        Raises FastSAEError for a comparison of something else, or of a part of the text that is in already.
+        """
         mine, theirs = (
-            (m.config, m.features.tolist(), sorted(m._parts()), [c.xy.shape for c in m._crosses]) for m in (self, other)
+            (m.config, m.features.tolist(), sorted(m._sums_by_name()), [c.xy.shape for c in m._crosses])
+            for m in (self, other)
         )
         if mine != theirs:
             raise FastSAEError("comparisons to merge must be of the same dictionaries with the same configuration")
+        self._join(other, "comparisons", empty=not sum(sums.n for sums in self._sums))
         for sums, more in zip(self._sums, other._sums, strict=True):
             sums.merge(more)
         for cross, more in zip(self._crosses, other._crosses, strict=True):
@@ -216,7 +224,10 @@ class Matching:
         if self._neurons is not None and other._neurons is not None:
             self._neurons.merge(other._neurons)
 
-    def result(self) -> Match:
+    def result(self, partial: bool = False) -> Match:
+        """The matches. Raises FastSAEError where ranks are missing, unless partial: of what is in."""
+        if not partial:
+            self._check_whole("the sums of a match")
         sums, least = self._sums[0] + self._sums[1], self.config.min_fires
         live = (sums.fires >= least).cpu()
         best = _only(live, self._crosses[0].best(self._sums, least))

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastsae.analysis.examples import Evidence, Example
+from fastsae.errors import FastSAEError
 
 AROUND = 4  # tokens on each side of the chosen one: windows of 9 tokens (Bricken et al. 2023)
 LEVELS = 9  # activations are shown and predicted as 0 (silent) to 9
@@ -57,7 +58,12 @@ class Window:
 
 
 def quantised(activations: np.ndarray, maximum: float) -> np.ndarray:
-    """⌈9 · activation / maximum⌉ in 0–9, int64: 0 is silent and nothing else, 9 the top ninth."""
+    """⌈9 · activation / maximum⌉ in 0–9, int64: 0 is silent and nothing else, 9 the top ninth.
+
+    Raises FastSAEError for activations that are not finite: they would be the smallest of all integers.
+    """
+    if not np.isfinite(activations).all():
+        raise FastSAEError(f"activations must be finite, got {activations.tolist()}: cut the window where tokens end")
     if maximum <= 0:
         return np.zeros(len(activations), dtype=np.int64)
     return np.clip(np.ceil(LEVELS * activations.astype(np.float64) / maximum), 0, LEVELS).astype(np.int64)
