@@ -228,7 +228,7 @@ def _demo_table(result: Row) -> str:
           _number(row, "lift_upper", 0)] for row in result["rows"]],
     )  # fmt: skip
     used = _table(
-        ["", "ΔNLL inside", "elsewhere", "pinned", "unpinned", "best neuron pinned", "match in the other run, held out"],
+        ["", "ΔNLL inside", "elsewhere", "pinned", "unpinned", "best neuron pinned", "match, held out"],
         [[row["name"], *_effects(row), _number(row, "match", 2)] for row in result["rows"]],
     )
     universal = result.get("universality")

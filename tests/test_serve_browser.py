@@ -16,9 +16,9 @@ import pytest
 
 pytest.importorskip("fastapi")
 
+from bench import site_case
 from fastsae.dashboard import site
 from fastsae.dashboard.server import create_app
-from tests import site_case
 from tests.test_serve import dense
 
 uvicorn = pytest.importorskip("uvicorn")
