@@ -23,7 +23,7 @@ from fastsae.estimate import Estimate
 from fastsae.evaluate import EvalConfig
 from fastsae.files import claim_folder
 from fastsae.harvest import HarvestConfig
-from fastsae.inputs import load_model, load_sae, quiet
+from fastsae.inputs import load_beside, load_model, load_sae, quiet
 from fastsae.lm import MLP_HOOK, LMConfig
 from fastsae.machines import GPUS
 from fastsae.recipe import Preset, TrainConfig
@@ -210,7 +210,7 @@ def analyze(
     claim_folder(out, "analysis", {**given, "analyze": asdict(config)}, resume=True)
     network, tokenizer = load_model(model)
     other, control = (
-        None if folder is None or name is None else (load_sae(folder, name, hook), load_model(name)[0])
+        None if folder is None or name is None else (load_sae(folder, name, hook), load_beside(name, tokenizer, model))
         for folder, name in ((other_sae, other_model), (control_sae, control_model))
     )
     documents = corpus.load(text, "heldout", text_field)

@@ -19,6 +19,17 @@ def load_model(name: str) -> tuple[Any, Any]:
     return module.load(name)
 
 
+def load_beside(name: str, tokenizer: Any, model: str) -> Any:
+    """The model `name`, to read the same token ids as `model`, whose tokenizer is given.
+
+    Raises FastSAEError where it has another tokenizer: equal ids would be other tokens to it, and no figure would tell.
+    """
+    found, words = load_model(name)
+    if words.get_vocab() != tokenizer.get_vocab():
+        raise FastSAEError(f"{model} and {name} must share a tokenizer: they read the same tokens")
+    return found
+
+
 def quiet() -> None:
     """transformers and the hub say nothing of their own: what matters of it comes in our errors."""
     import logging

@@ -56,6 +56,7 @@ def test_analyze_passes_controls_and_widths_on(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(fastsae.analysis, "analyze", analyze)
     monkeypatch.setattr(cli, "load_sae", lambda folder, *_: folder.name)
     monkeypatch.setattr(cli, "load_model", lambda name: (name, "tokenizer"))
+    monkeypatch.setattr(cli, "load_beside", lambda name, *_: name)
     argv = ["analyze", "--sae", "A", "--model", "M", "--out", str(tmp_path / "out")]
     assert cli.main([*argv, "--control-sae", "C", "--control-model", "S", "--widths", "narrow", "wide"]) == 0
     assert asked == {"other": None, "control": ("C", "S"), "widths": ["narrow", "wide"]}
