@@ -172,7 +172,7 @@ def evaluate(
 def analyze(
     sae: Path,
     model: str,
-    out: Path,
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])],
     config: OnOneLevel[AnalyzeConfig],
     hook: str = MLP_HOOK,
     text: str = "builtin",
@@ -185,10 +185,13 @@ def analyze(
 ) -> dict:
     """Find the features of scripts, base64 and DNA on held-out text and write a report on them.
 
+    Stopped, the same command goes on from the last minute, or from where Ctrl-C came.
+
     Args:
         sae: Folder of the dictionary (the run's folder or its sae/ folder).
         model: Folder or hub name of the causal LM it was trained on.
-        out: New folder, or one that this same command made: report.html, results.json and the figures.
+        out: New folder, or one that this same command made: index.html (a page for every feature), report.html (the
+            categories), results.json and the figures.
         hook: Module path it was trained on.
         text: builtin, a text file, a .jsonl file, a folder of those, or hf:NAME; its held-out documents are used.
         text_field: Field of a JSONL line or dataset row that holds the text.

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from fastsae.analysis.automata import AutomataConfig, Edge
 from fastsae.analysis.contributions import AttributeConfig, Contributions
+from fastsae.errors import FastSAEError
 from fastsae.files import claim_folder, write_json
 from fastsae.inputs import check_features, load_model, load_sae
 from fastsae.lm import MLP_HOOK
@@ -48,6 +49,8 @@ def automata(
     from fastsae.analysis.stream import Source
     from fastsae.visible import visible
 
+    if length < 1:
+        raise FastSAEError(f"length must be at least 1 transition, got {length}")
     dictionary = load_sae(sae, model, hook)
     check_features([*features, *start], dictionary)
     given = {"sae": sae, "model": model, "hook": hook, "text": text, "features": features}

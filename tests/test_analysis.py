@@ -189,6 +189,8 @@ def test_config_says_what_is_wrong():
         AnalyzeConfig(categories=())
     with pytest.raises(FastSAEError, match="samples must be at least 1, got 0"):
         AnalyzeConfig(samples=0)
+    with pytest.raises(FastSAEError, match="context must be at least 2, got 1"):
+        AnalyzeConfig(context=1)
 
 
 def test_any_feature_can_be_asked_for(run, tmp_path: Path):

@@ -1,3 +1,7 @@
+import functools
+import json
+from typing import get_args
+
 import pytest
 
 from fastsae import cli
@@ -11,6 +15,20 @@ def test_every_verb_has_help_for_every_option(verb, capsys):
     shown = capsys.readouterr().out
     assert "--out" in shown or "--sae" in shown or "--d-in" in shown
     assert len(shown.splitlines()) > 10 and "partial" not in shown
+
+
+def test_the_command_line_offers_what_there_is(monkeypatch, capsys):
+    from fastsae.activations import RULES
+    from fastsae.config import Activation
+
+    assert get_args(Activation) == tuple(RULES)
+    for verb in ("analyze", "match", "split"):
+        with pytest.raises(SystemExit):
+            cli.main([verb, "--help"])
+        assert "Stopped, the same command goes on" in capsys.readouterr().out
+    monkeypatch.setitem(cli.VERBS, "analyze", asked := functools.wraps(cli.analyze)(lambda **given: given))
+    assert cli.main(["analyze", "--sae", "a", "--model", "b", "-o", "c", "--json"]) == 0 and asked
+    assert json.loads(capsys.readouterr().out)["out"] == "c"
 
 
 def test_bad_text_is_one_line_and_exit_2(tmp_path, capsys):

@@ -133,3 +133,5 @@ def test_automata_from_the_command_line(saved, tmp_path: Path, capsys: pytest.Ca
     assert f"chain from {source}" in shown and shown.count("chain from") == 1 and shown.count("→") <= 2
     assert main([*argv, "--min-logit", "0", "--start", "99"]) == 2
     assert "features must be numbers from 0 to 29, got 99" in capsys.readouterr().err
+    assert main([*argv, "--length", "0"]) == 2
+    assert capsys.readouterr().err == "fastsae: length must be at least 1 transition, got 0\n"

@@ -88,19 +88,14 @@ class AnalyzeConfig:
             raise FastSAEError("expected at least one category, got none")
         if self.tokens is not None and self.tokens < 1:
             raise FastSAEError(f"tokens must be at least 1, got {self.tokens}; leave it out to read all")
-        for name in (
-            "context",
-            "batch_size",
-            "contexts_per_effect",
-            "sample_tokens",
-            "samples",
-            "control_tokens",
+        for least, names in (
+            (2, ("context",)),  # a begin-of-text token, and something behind it
+            (1, ("batch_size", "contexts_per_effect", "sample_tokens", "samples", "control_tokens")),
+            (0, ("explain_features", "explain_up_to", "effects_up_to", "quality_tokens")),
         ):
-            if getattr(self, name) < 1:
-                raise FastSAEError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("explain_features", "explain_up_to", "effects_up_to", "quality_tokens"):
-            if getattr(self, name) < 0:
-                raise FastSAEError(f"{name} must be at least 0, got {getattr(self, name)}")
+            for name in names:
+                if getattr(self, name) < least:
+                    raise FastSAEError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
 
 def analyze(
