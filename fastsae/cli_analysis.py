@@ -9,9 +9,10 @@ from fastsae.analysis.explain import ExplainConfig
 from fastsae.analysis.matches import MatchConfig
 from fastsae.analysis.splitting import SplitConfig
 from fastsae.analysis.steering import SteerConfig, Steering
+from fastsae.analysis.stream import check_features
 from fastsae.errors import FastSAEError
 from fastsae.files import claim_folder
-from fastsae.inputs import check_features, load_beside, load_model, load_sae
+from fastsae.inputs import load_beside, load_model, load_sae
 from fastsae.lm import MLP_HOOK
 
 try:
@@ -280,7 +281,7 @@ def explain(
     if (control_sae is None) != (control_model is None):
         raise FastSAEError("control_sae and control_model go together, got one of them")
     dictionary = load_sae(sae, model, hook)
-    check_features(features, dictionary)
+    check_features(features, dictionary.cfg.d_sae)
     given = {"sae": sae, "model": model, "hook": hook, "text": text, "tokens": tokens, "context": context}
     claim_folder(out, "explain", given, resume=True)
     network, tokenizer = load_model(model)

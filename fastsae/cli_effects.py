@@ -5,9 +5,10 @@ from pathlib import Path
 
 from fastsae.analysis.automata import AutomataConfig, Edge
 from fastsae.analysis.contributions import AttributeConfig, Contributions
+from fastsae.analysis.stream import check_features
 from fastsae.errors import FastSAEError
 from fastsae.files import claim_folder, write_json
-from fastsae.inputs import check_features, load_model, load_sae
+from fastsae.inputs import load_model, load_sae
 from fastsae.lm import MLP_HOOK
 
 try:
@@ -52,7 +53,7 @@ def automata(
     if length < 1:
         raise FastSAEError(f"length must be at least 1 transition, got {length}")
     dictionary = load_sae(sae, model, hook)
-    check_features([*features, *start], dictionary)
+    check_features([*features, *start], dictionary.cfg.d_sae)
     given = {"sae": sae, "model": model, "hook": hook, "text": text, "features": features}
     claim_folder(out, "automata", {**given, "automata": asdict(config)}, resume=True)
     network, tokenizer = load_model(model)

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +62,3 @@ def _trained_on(folder: Path) -> tuple[str | None, str | None]:
             except (ValueError, AttributeError):
                 break
     return None, None
-
-
-def check_features(features: Sequence[int], sae: SAE) -> None:
-    """Raises FastSAEError for a number that is none of the dictionary's features."""
-    if bad := [f for f in features if not 0 <= f < sae.cfg.d_sae]:
-        raise FastSAEError(f"features must be numbers from 0 to {sae.cfg.d_sae - 1}, got {bad[0]}")

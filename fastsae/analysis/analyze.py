@@ -30,7 +30,7 @@ from fastsae.analysis.passes import Watcher, take_survey
 from fastsae.analysis.proxies import DEFAULT, Proxy, proxies
 from fastsae.analysis.quality import quality as quality_of
 from fastsae.analysis.splitting import Split, SplitConfig, Splitting
-from fastsae.analysis.stream import Read, Source
+from fastsae.analysis.stream import Read, Source, check_features
 from fastsae.analysis.study import Effects, Known, Study, chosen_features, left_out
 from fastsae.analysis.survey import Survey, SurveyConfig
 from fastsae.analysis.text import Text
@@ -131,8 +131,7 @@ def analyze(
 
     figures.require_matplotlib()
     config = config or AnalyzeConfig()
-    if bad := [n for n in config.features if not 0 <= n < sae.cfg.d_sae]:
-        raise FastSAEError(f"features must be numbers from 0 to {sae.cfg.d_sae - 1}, got {bad[0]}")
+    check_features(config.features, sae.cfg.d_sae)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     run = _Run(Source(sae, model, hook), tokenizer, documents, config, show_progress)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastsae.analysis.cross import add_products, entries, fired, rows_of, sample_of, selected
 from fastsae.analysis.logit_map import ContextSample, logit_map, unembedding
-from fastsae.analysis.stream import Read, Source, read, watched
+from fastsae.analysis.stream import Read, Source, check_features, read, watched
 from fastsae.errors import FastSAEError
 from fastsae.files import write_json
 from fastsae.harvest import check_options
@@ -203,9 +203,7 @@ def automata(
     Raises FastSAEError: what `read` raises, features that the dictionary does not have, a model without an unembedding.
     """
     config = replace(config or AutomataConfig(), **check_options(AutomataConfig, options))
-    size = source.sae.cfg.d_sae
-    if features is not None and (bad := [f for f in features if not 0 <= f < size]):
-        raise FastSAEError(f"features must be numbers from 0 to {size - 1}, got {bad[0]}")
+    check_features(features or (), source.sae.cfg.d_sae)
     transitions = Transitions(source, len(tokenizer), config, features)
     stream = read(
         [source], tokenizer, documents, context=config.context, batch_size=config.batch_size, max_tokens=config.tokens

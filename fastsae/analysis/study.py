@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastsae.analysis import attribution, effects, specificity
+from fastsae.analysis.ablation import ablation
 from fastsae.analysis.cards import Cards
 from fastsae.analysis.evidence import CHOOSE, SCORE
 from fastsae.analysis.examples import Example
@@ -24,7 +25,8 @@ from fastsae.analysis.labels import TokenBytes, readable
 from fastsae.analysis.logit_map import LogitMap
 from fastsae.analysis.neurons import NeuronBasis
 from fastsae.analysis.paper_forms import PaperForm
-from fastsae.analysis.stream import Source
+from fastsae.analysis.steering import sample
+from fastsae.analysis.stream import Source, evaluating
 from fastsae.analysis.universality import Match
 from fastsae.hooks import activations
 
@@ -212,16 +214,15 @@ class Study:
             return None
         special = effects.special_ids(model, self.known.tokenizer)
         chosen = torch.cat([with_it, without])
-        edit = effects.set_feature(sae, feature, 0.0)
-        change, strength = [], []
-        for part in chosen.split(self.how.batch_size):
-            ids = self.known.held_out.ids[part]
-            raw = effects.token_losses(model, hook, ids)
-            change.append((effects.token_losses(model, hook, ids, edit, special) - raw).cpu())
-            with torch.no_grad():
-                strength.append(effects.feature_values(sae, activations(model, hook, ids), feature)[:, :-1].cpu())
-        delta, member = torch.cat(change), self.known.held_out.inside[chosen][:, 1:, p]
-        keep = effects.ordinary(model, self.known.held_out.ids[chosen], special)
+        ids, batch = self.known.held_out.ids[chosen], self.how.batch_size
+        change = ablation(sae, model, hook, list(ids), [feature] * len(ids), batch_size=batch, special=special)
+        with torch.no_grad(), evaluating(model):
+            strength = [
+                effects.feature_values(sae, activations(model, hook, part), feature)[:, :-1].cpu()
+                for part in ids.split(batch)
+            ]
+        delta, member = torch.from_numpy(np.stack(change))[:, 1:], self.known.held_out.inside[chosen][:, 1:, p]
+        keep = effects.ordinary(model, ids, special)
         near = torch.arange(len(chosen))[:, None].expand_as(member) < len(with_it)
         counted, before = keep[:, 1:], keep[:, :-1] & keep[:, 1:]  # before: an ordinary token, and one behind it
         member = member & counted
@@ -272,7 +273,7 @@ class Study:
                 begin = torch.tensor([*start, *ids], dtype=torch.int64)
                 if not len(begin):  # nothing to begin with: no prefix, and no begin-of-text token in the vocabulary
                     continue
-                share, sampled = effects.sample(
+                share, sampled = sample(
                     model, hook, begin, edit, tokens=self.how.sample_tokens, count=self.how.samples,
                     members=members, seed=self.how.seed + number, special=special,
                 )  # fmt: skip
