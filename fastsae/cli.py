@@ -225,6 +225,7 @@ def analyze(
         f"left out: {row['name']}": "{} and {} of the tokens in the two halves: too rare".format(*row["tokens"])
         for row in found["left_out"]
     }
+    rare |= {f"without {note['name']}": note["reason"] for note in found["notes"]}
     return {**found, **rare, "report": str(out / "report.html")}
 
 

@@ -69,7 +69,10 @@ def test_analyze_passes_controls_and_widths_on(monkeypatch, tmp_path, capsys):
 
     def analyze(*args, **options):
         asked.update(options)
-        return {"left_out": [{"name": "Thai", "tokens": [3, 0]}]}
+        return {
+            "left_out": [{"name": "Thai", "tokens": [3, 0]}],
+            "notes": [{"name": "ablation", "reason": "no document is long enough"}],
+        }
 
     monkeypatch.setattr(fastsae.analysis, "analyze", analyze)
     monkeypatch.setattr(cli, "load_sae", lambda folder, *_: folder.name)
@@ -78,7 +81,8 @@ def test_analyze_passes_controls_and_widths_on(monkeypatch, tmp_path, capsys):
     argv = ["analyze", "--sae", "A", "--model", "M", "--out", str(tmp_path / "out")]
     assert cli.main([*argv, "--control-sae", "C", "--control-model", "S", "--widths", "narrow", "wide"]) == 0
     assert asked == {"other": None, "control": ("C", "S"), "widths": ["narrow", "wide"]}
-    capsys.readouterr()
+    shown = capsys.readouterr().out
+    assert "left out: Thai           3 and 0 of" in shown and "without ablation         no document is" in shown
     assert cli.main([*argv, "--control-sae", "C"]) == 2
     assert capsys.readouterr().err == "fastsae: control_sae and control_model go together, got one of them\n"
 

@@ -7,7 +7,7 @@ Axes: F features, D neurons, P categories, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -85,6 +85,21 @@ def left_out(cards: Cards) -> list[dict]:
     ]
 
 
+def not_measured(held_out: HeldOut, rows: Sequence[dict], no_logits: str | None = None) -> list[dict[str, str]]:
+    """What rows lack and why, {"name", "reason"} each. no_logits: why there are no logit weights, if there are none."""
+    context = held_out.ids.shape[1]
+    full = f"fills a context of {context} tokens without special tokens: a smaller context may help"
+    found = {} if no_logits is None else {"logit weights": no_logits}
+    for row in rows:
+        if row["max"] <= 0:
+            found[f"effects of feature {row['feature']}"] = "it never fires on this text"
+        elif not len(held_out.ids):
+            found["ablation"] = f"no document of the half on which features are scored {full}"
+        elif row["ablation"] is None:
+            found[f"ablation beside {row['name']}"] = f"no stretch of a document in which it is to be predicted {full}"
+    return [{"name": name, "reason": reason} for name, reason in found.items()]
+
+
 class Study:
     """Rows of the report."""
 
@@ -132,7 +147,7 @@ class Study:
             "pinning": None,
             "logits": None,
         }
-        if highest > 0 and len(self.known.held_out.ids):
+        if highest > 0:
             result["ablation"] = self._ablation(feature, p)
             result["pinning"] = self._pinning(feature, neuron, highest, p)
             result["logits"] = self._logits(feature, p)
