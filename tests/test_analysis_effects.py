@@ -184,7 +184,8 @@ def test_effects_are_those_of_the_model_in_evaluation(ids: Tensor):
         ]  # fmt: skip
 
     wanted = measured()
-    noisy.train(), sae.train()
+    noisy.train()
+    sae.train()
     found = measured()
     assert noisy.training and noisy.transformer.drop.training and sae.training
     for a, b in zip(found, wanted, strict=True):

@@ -122,8 +122,8 @@ def analyze(
     shuffled weights (universality.shuffled) and a dictionary trained on it; without one, other's dictionary reads a
     shuffled copy of its model. widths: narrower and wider dictionaries of the same model and hook, to see features
     split. quality: figures of training and evaluation to show beside; None evaluates the dictionary. Categories that do
-    not occur in both halves of the text are left out; "notes" says which effects are, and why. resume: go on with the pass over the text where an analysis of
-    the same things was stopped in `out`, to the same bits.
+    not occur in both halves of the text are left out; "notes" of the results says which effects are, and why. resume:
+    go on with the pass over the text where an analysis of the same things was stopped in `out`, to the same bits.
 
     Raises FastSAEError: what take_survey raises; an unfinished analysis there of other things, or any, without resume.
     """
@@ -300,7 +300,7 @@ class _Run:
         return _Second(dict(zip(sources, surveys, strict=True)), found, closest.result())
 
     def logits(self) -> tuple[LogitMap | None, str | None]:
-        """After the second pass. (None, why) for a model without an unembedding, or one that the hook does not reach."""
+        """After the second pass. (None, why) for a model without an unembedding that the hook leads to."""
         try:
             return logit_map(self.source.model, self.source.hook, *self._contexts.contexts()), None
         except FastSAEError as error:

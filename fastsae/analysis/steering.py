@@ -172,7 +172,8 @@ def steer(
                 generator = torch.Generator().manual_seed(seed + number)
                 ids = continuations(
                     model, hook, begin, change, tokens=tokens, count=samples, temperature=temperature,
-                    generator=generator, watch=watch and (lambda _: watch()), vocabulary=len(tokenizer), special=special_ids(model, tokenizer),
+                    generator=generator, vocabulary=len(tokenizer), special=special_ids(model, tokenizer),
+                    watch=watch and (lambda _: watch()),
                 )  # fmt: skip
                 sides.append(_texts(model, hook, tokenizer, begin, ids))
             found.append(Steered(prompt, *sides))
