@@ -252,4 +252,3 @@ class BatchTopK(TopK):
 
 
 RULES: dict[str, type[Rule]] = {"relu": ReLU, "topk": TopK, "batchtopk": BatchTopK, "jumprelu": JumpReLU}
-AVAILABLE = tuple(RULES)

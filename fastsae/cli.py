@@ -23,7 +23,7 @@ from fastsae.estimate import Estimate
 from fastsae.evaluate import EvalConfig
 from fastsae.files import claim_folder
 from fastsae.harvest import HarvestConfig
-from fastsae.inputs import load_model, load_sae, quiet
+from fastsae.inputs import load_beside, load_model, load_sae, quiet
 from fastsae.lm import MLP_HOOK, LMConfig
 from fastsae.machines import GPUS
 from fastsae.recipe import Preset, TrainConfig
@@ -172,7 +172,7 @@ def evaluate(
 def analyze(
     sae: Path,
     model: str,
-    out: Path,
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])],
     config: OnOneLevel[AnalyzeConfig],
     hook: str = MLP_HOOK,
     text: str = "builtin",
@@ -185,10 +185,13 @@ def analyze(
 ) -> dict:
     """Find the features of scripts, base64 and DNA on held-out text and write a report on them.
 
+    Stopped, the same command goes on from the last minute, or from where Ctrl-C came.
+
     Args:
         sae: Folder of the dictionary (the run's folder or its sae/ folder).
         model: Folder or hub name of the causal LM it was trained on.
-        out: New folder, or one that this same command made: report.html, results.json and the figures.
+        out: New folder, or one that this same command made: index.html (a page for every feature), report.html (the
+            categories), results.json and the figures.
         hook: Module path it was trained on.
         text: builtin, a text file, a .jsonl file, a folder of those, or hf:NAME; its held-out documents are used.
         text_field: Field of a JSONL line or dataset row that holds the text.
@@ -210,7 +213,7 @@ def analyze(
     claim_folder(out, "analysis", {**given, "analyze": asdict(config)}, resume=True)
     network, tokenizer = load_model(model)
     other, control = (
-        None if folder is None or name is None else (load_sae(folder, name, hook), load_model(name)[0])
+        None if folder is None or name is None else (load_sae(folder, name, hook), load_beside(name, tokenizer, model))
         for folder, name in ((other_sae, other_model), (control_sae, control_model))
     )
     documents = corpus.load(text, "heldout", text_field)
@@ -222,6 +225,7 @@ def analyze(
         f"left out: {row['name']}": "{} and {} of the tokens in the two halves: too rare".format(*row["tokens"])
         for row in found["left_out"]
     }
+    rare |= {f"without {note['name']}": note["reason"] for note in found["notes"]}
     return {**found, **rare, "report": str(out / "report.html")}
 
 

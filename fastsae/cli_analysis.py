@@ -3,15 +3,16 @@
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastsae.analysis.explain import ExplainConfig
 from fastsae.analysis.matches import MatchConfig
 from fastsae.analysis.splitting import SplitConfig
 from fastsae.analysis.steering import SteerConfig, Steering
+from fastsae.analysis.stream import check_features
 from fastsae.errors import FastSAEError
 from fastsae.files import claim_folder
-from fastsae.inputs import check_features, load_model, load_sae
+from fastsae.inputs import load_beside, load_model, load_sae
 from fastsae.lm import MLP_HOOK
 
 try:
@@ -65,17 +66,10 @@ def match(
         given |= {"control_sae": control_sae, "control_model": control_model}
     claim_folder(out, "match", {**given, "match": asdict(config)}, resume=True)
     network, tokenizer = load_model(model)
-
-    def beside(name: str) -> Any:
-        found, words = load_model(name)
-        if words.get_vocab() != tokenizer.get_vocab():
-            raise FastSAEError(f"{model} and {name} must share a tokenizer: match compares them token by token")
-        return found
-
-    other = network if other_model in (None, model) else beside(other_model)
+    other = network if other_model in (None, model) else load_beside(other_model, tokenizer, model)
     control = None
     if control_sae is not None and control_model is not None:
-        control = Source(load_sae(control_sae), beside(control_model), other_hook or hook)
+        control = Source(load_sae(control_sae), load_beside(control_model, tokenizer, model), other_hook or hook)
     documents = corpus.load(text, "heldout", text_field)
     there = (other_model or model, other_hook or hook)
     sources = Source(load_sae(sae, model, hook), network, hook), Source(load_sae(other_sae, *there), other, there[1])
@@ -287,16 +281,13 @@ def explain(
     if (control_sae is None) != (control_model is None):
         raise FastSAEError("control_sae and control_model go together, got one of them")
     dictionary = load_sae(sae, model, hook)
-    check_features(features, dictionary)
+    check_features(features, dictionary.cfg.d_sae)
     given = {"sae": sae, "model": model, "hook": hook, "text": text, "tokens": tokens, "context": context}
     claim_folder(out, "explain", given, resume=True)
     network, tokenizer = load_model(model)
     control = None
     if control_sae is not None and control_model is not None:
-        other, words = load_model(control_model)
-        if words.get_vocab() != tokenizer.get_vocab():
-            raise FastSAEError(f"{model} and {control_model} must share a tokenizer: they read the same tokens")
-        control = Source(load_sae(control_sae), other, hook)
+        control = Source(load_sae(control_sae), load_beside(control_model, tokenizer, model), hook)
     documents = corpus.load(text, "heldout", text_field)
     found = explain_dictionary(
         Source(dictionary, network, hook), tokenizer, documents, features, config,

@@ -5,8 +5,10 @@ from pathlib import Path
 
 from fastsae.analysis.automata import AutomataConfig, Edge
 from fastsae.analysis.contributions import AttributeConfig, Contributions
+from fastsae.analysis.stream import check_features
+from fastsae.errors import FastSAEError
 from fastsae.files import claim_folder, write_json
-from fastsae.inputs import check_features, load_model, load_sae
+from fastsae.inputs import load_model, load_sae
 from fastsae.lm import MLP_HOOK
 
 try:
@@ -29,6 +31,8 @@ def automata(
 ) -> dict:
     """Chains of features: what one makes likely next, and which feature fires on that.
 
+    Transitions are chosen on one half of the documents; held out, they are measured on the other.
+
         fastsae automata --sae runs/sae --model lm --out automata --start 12
 
     Args:
@@ -48,8 +52,10 @@ def automata(
     from fastsae.analysis.stream import Source
     from fastsae.visible import visible
 
+    if length < 1:
+        raise FastSAEError(f"length must be at least 1 transition, got {length}")
     dictionary = load_sae(sae, model, hook)
-    check_features([*features, *start], dictionary)
+    check_features([*features, *start], dictionary.cfg.d_sae)
     given = {"sae": sae, "model": model, "hook": hook, "text": text, "features": features}
     claim_folder(out, "automata", {**given, "automata": asdict(config)}, resume=True)
     network, tokenizer = load_model(model)
@@ -62,14 +68,19 @@ def automata(
         return readable([bytes_of[token]])[0]
 
     def told(chain: list[Edge]) -> str:
-        return f"{chain[0].source}" + "".join(f" –{visible(spelled(e.token))!r}→ {e.target}" for e in chain)
+        way = "".join(f" –{visible(spelled(e.token))!r}→ {e.target}" for e in chain)
+        known = ("unknown" if e.excess_held_out is None else f"{e.excess_held_out:.2f}" for e in chain)
+        return f"{chain[0].source}{way}  (excess, held out: {', '.join(known)})"
 
     found.save(out / "automata.json", spelled)
     strongest = list(dict.fromkeys(edge.source for edge in found.edges))[:10]
     chains = {f: found.chains(f, length, count=1) for f in start or strongest}
     said = {f"chain from {f}": told(paths[0]) if paths else "none" for f, paths in chains.items()}
+    titles = {"median excess": "excess", "median excess, held out": "excess_held_out", "share kept, held out": "kept"}
+    scored = found.held_out()
+    worth = {title: scored.get(key, "unknown") for title, key in titles.items() if found.edges}
     return {
-        "tokens": found.tokens, "states": len(found.features), "transitions": len(found.edges),
+        "tokens": found.tokens, "states": len(found.features), "transitions": len(found.edges), **worth,
         "cycles": len(found.cycles(length)), **said, "automata": str(out / "automata.json"),
     }  # fmt: skip
 

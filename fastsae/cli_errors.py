@@ -93,8 +93,8 @@ def _missing(first: str, sections: list[list[str]]) -> str | None:
     whole = re.match(r"Missing from (fastsae[\w ]*):", first)
     if whole is None:
         return None
-    # Its options stand four places in, what they are for is further in.
-    needed = [line.split()[0] for line in sections[0] if re.match(r" {4}\S", line)]
+    # Its options stand four places in, "-o PATH, --out PATH"; what they are for is further in.
+    needed = [(re.findall(r"--[\w-]+", line) or line.split())[0] for line in sections[0] if re.match(r" {4}\S", line)]
     unknown = _unknown(sections[1:], whole[1].rpartition(" ")[2])
     verb = whole[1].rpartition(" ")[2]
     return f"{verb} needs {_listed(needed)}" + (f", and {unknown}" if unknown else "")

@@ -7,10 +7,9 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from fastsae import activations
 from fastsae.errors import ConfigError
 
-Activation = Literal["relu", "topk", "batchtopk", "jumprelu", "gated", "matryoshka"]
+Activation = Literal["relu", "topk", "batchtopk", "jumprelu"]
 Backend = Literal["auto", "triton", "torch"]
 DType = Literal["float32", "bfloat16", "float16", "float64"]
 
@@ -36,7 +35,7 @@ class SAEConfig:
     d_sae: int
     """F, the number of latents."""
     activation: Activation = "topk"
-    """Selection rule; every rule is followed by ReLU. This version has relu, topk, batchtopk and jumprelu."""
+    """Selection rule; every rule is followed by ReLU."""
     k: int = 32
     """topk: latents kept per token. batchtopk: on average over the batch."""
     l1_coefficient: float = 5.0
@@ -84,11 +83,6 @@ class SAEConfig:
         _number("d_in", self.d_in, 1, whole=True)
         _number("d_sae", self.d_sae, 1, whole=True)
         _one_of("activation", self.activation, Activation)
-        if self.activation not in activations.AVAILABLE:
-            raise ConfigError(
-                f"activation={self.activation!r} is not available in this version of fastsae, which has "
-                f"{' and '.join(activations.AVAILABLE)}; choose one of these"
-            )
         _number("k", self.k, 1, whole=True)
         if self.activation in ("topk", "batchtopk") and self.k > self.d_sae:
             raise ConfigError(f"k must be at most d_sae = {self.d_sae}, got {self.k}; lower k or widen the dictionary")

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,17 @@ def load_model(name: str) -> tuple[Any, Any]:
 
     quiet()
     return module.load(name)
+
+
+def load_beside(name: str, tokenizer: Any, model: str) -> Any:
+    """The model `name`, to read the same token ids as `model`, whose tokenizer is given.
+
+    Raises FastSAEError where it has another tokenizer: equal ids would be other tokens to it, and no figure would tell.
+    """
+    found, words = load_model(name)
+    if words.get_vocab() != tokenizer.get_vocab():
+        raise FastSAEError(f"{model} and {name} must share a tokenizer: they read the same tokens")
+    return found
 
 
 def quiet() -> None:
@@ -52,9 +62,3 @@ def _trained_on(folder: Path) -> tuple[str | None, str | None]:
             except (ValueError, AttributeError):
                 break
     return None, None
-
-
-def check_features(features: Sequence[int], sae: SAE) -> None:
-    """Raises FastSAEError for a number that is none of the dictionary's features."""
-    if bad := [f for f in features if not 0 <= f < sae.cfg.d_sae]:
-        raise FastSAEError(f"features must be numbers from 0 to {sae.cfg.d_sae - 1}, got {bad[0]}")

@@ -116,6 +116,9 @@ def _intro(results: dict) -> str:
         f"held-out documents and scored on the other half ({results['tokens']:,} tokens in {results['documents']:,} "
         "documents in all). The method is that of “Towards Monosemanticity” (Bricken et al. 2023), at a much smaller scale.</p>"
         f"<nav>{links} <a href='#words'>What the numbers mean</a></nav>{_left_out(results.get('left_out') or [])}"
+        + "".join(
+            f"<p>Without {escape(note['name'])}: {escape(visible(note['reason']))}.</p>" for note in results.get("notes") or []
+        )
     )
 
 

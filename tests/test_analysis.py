@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +134,7 @@ def test_effects_are_there_and_in_range(run):
     assert ablation["tokens_inside"] > 50 and ablation["tokens_outside"] > 50
     assert all(math.isfinite(ablation[name]) for name in ("inside", "beside", "outside")) and ablation["inside"] != 0
     assert abs(ablation["outside"]) < abs(ablation["inside"])
+    assert run["results"]["notes"] == []
     weights = [weight for _, weight in logits["top"]]
     assert weights == sorted(weights, reverse=True) and weights[-1] > logits["bottom"][0][1]
     assert sum(logits["inside"]) + sum(logits["outside"]) == 257
@@ -158,6 +160,37 @@ def test_a_category_in_short_documents_only_has_no_ablation(tmp_path: Path):
     results = analyze(sae, model, tokenizer, texts, HOOK, tmp_path / "short", config, show_progress=False)
     assert results["categories"][0]["ablation"] is None
     assert "NaN" not in (tmp_path / "short" / "results.json").read_text(encoding="utf-8")
+    (note,) = results["notes"]
+    assert note["name"] == "ablation beside Arabic" and "fills a context of 24 tokens" in note["reason"]
+
+
+def test_what_needs_no_full_context_is_there_without_one(tmp_path: Path):
+    """All documents are shorter than a context: only ablation has nothing to be measured on, and that is said."""
+    sae, model, tokenizer = planted()
+    config = AnalyzeConfig(categories=("Arabic",), features=(5, 6), context=48, sample_tokens=2, samples=1)
+    with torch.no_grad():
+        sae.encoder.bias[6] = -1e6  # never fires
+    texts = [text[:20] for text in documents(60)]
+    results = analyze(sae, model, tokenizer, texts, HOOK, tmp_path, config, quality={}, show_progress=False)
+    for row in (results["categories"][0], results["features"][0]):
+        assert row["ablation"] is None and 0 <= row["pinning"]["pinned"] <= 1 and len(row["logits"]["top"]) == 10
+    reason = "no document of the half on which features are scored fills a context of 48 tokens without special tokens"
+    assert results["notes"] == [
+        {"name": "ablation", "reason": f"{reason}: a smaller context may help"},
+        {"name": "effects of feature 6", "reason": "it never fires on this text"},
+    ]
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert f"<p>Without ablation: {reason}" in page and "Without effects of feature 6: it never fires" in page
+    overview = (tmp_path / "data" / "overview.js").read_text(encoding="utf-8")
+    assert re.search(r'"logits": ?true', overview)
+
+
+def test_a_context_of_two(tmp_path: Path):
+    sae, model, tokenizer = planted()
+    config = AnalyzeConfig(categories=("Arabic",), context=2, sample_tokens=2, samples=1, contexts_per_effect=4)
+    texts = documents(12)
+    results = analyze(sae, model, tokenizer, texts, HOOK, tmp_path, config, quality={}, show_progress=False)
+    assert results["categories"][0]["ablation"]["tokens_inside"] == 4
 
 
 def test_a_tokenizer_without_a_begin_of_text_token(tmp_path: Path):
@@ -189,6 +222,8 @@ def test_config_says_what_is_wrong():
         AnalyzeConfig(categories=())
     with pytest.raises(FastSAEError, match="samples must be at least 1, got 0"):
         AnalyzeConfig(samples=0)
+    with pytest.raises(FastSAEError, match="context must be at least 2, got 1"):
+        AnalyzeConfig(context=1)
 
 
 def test_any_feature_can_be_asked_for(run, tmp_path: Path):

@@ -2,13 +2,17 @@
 
 import copy
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from fastsae.analysis import effects
-from fastsae.analysis.steering import continuations
+from fastsae.analysis.steering import continuations, sample
+from fastsae.analysis.stream import Source
+from fastsae.analysis.study import Effects, Study
 from tests.analysis_case import HOOK, case, contexts, documents
 
 SAE, MODEL, TOKENIZER = case()
@@ -105,29 +109,27 @@ def test_sampling_scores_what_it_sampled_from():
     members[100:200] = torch.rand(100, generator=torch.Generator().manual_seed(1))
     prefix = torch.tensor([TOKENIZER.bos_token_id, 80, 90])
     edit = effects.set_feature(SAE, FEATURE, 6.0)
-    share, ids = effects.sample(MODEL, HOOK, prefix, edit, tokens=20, count=4, members=members, seed=3)
+    share, ids = sample(MODEL, HOOK, prefix, edit, tokens=20, count=4, members=members, seed=3)
     assert ids.shape == (4, 20)
     whole = torch.cat([prefix.repeat(4, 1), ids], dim=1)
     p = effects.logits(MODEL, HOOK, whole, edit)[:, 2:-1].softmax(-1)  # before each sampled token
     assert math.isclose(share, float((p @ members).mean()), rel_tol=1e-4)
-    again = effects.sample(MODEL, HOOK, prefix, edit, tokens=20, count=4, members=members, seed=3)
+    again = sample(MODEL, HOOK, prefix, edit, tokens=20, count=4, members=members, seed=3)
     assert again[0] == share and torch.equal(again[1], ids)
-    assert not torch.equal(effects.sample(MODEL, HOOK, prefix, edit, tokens=20, count=4, members=members)[1], ids)
-    free, _ = effects.sample(MODEL, HOOK, prefix, None, tokens=20, count=4, members=members, seed=3)
+    assert not torch.equal(sample(MODEL, HOOK, prefix, edit, tokens=20, count=4, members=members)[1], ids)
+    free, _ = sample(MODEL, HOOK, prefix, None, tokens=20, count=4, members=members, seed=3)
     assert free != share
-    everything, _ = effects.sample(MODEL, HOOK, prefix, edit, tokens=5, count=2, members=torch.ones(257))
+    everything, _ = sample(MODEL, HOOK, prefix, edit, tokens=5, count=2, members=torch.ones(257))
     assert math.isclose(everything, 1.0, rel_tol=1e-5)
 
 
 def test_sampling_past_the_longest_context_goes_on():
     prefix = torch.full((60,), 70)
-    _, ids = effects.sample(MODEL, HOOK, prefix, None, tokens=10, count=1, members=torch.ones(257))
+    _, ids = sample(MODEL, HOOK, prefix, None, tokens=10, count=1, members=torch.ones(257))
     assert ids.shape == (1, 10)  # the model reads 64
 
 
 def test_special_tokens_are_the_tokenizers_or_the_configs():
-    from types import SimpleNamespace
-
     assert effects.special_ids(MODEL) == effects.special_ids(MODEL, TOKENIZER) == (0,)
     config = SimpleNamespace(bos_token_id=None, eos_token_id=[7, 5], pad_token_id=3)
     assert effects.special_ids(SimpleNamespace(config=config)) == (3, 5, 7) and effects.special_ids(object()) == ()
@@ -144,17 +146,50 @@ def test_what_the_head_has_beyond_the_tokenizer_is_never_written():
     loud.lm_head.weight = torch.nn.Parameter(loud.lm_head.weight.detach().clone())
     with torch.no_grad():
         loud.lm_head.weight[200:] *= 30
-    share, ids = effects.sample(loud, HOOK, prefix, None, tokens=20, count=4, members=torch.ones(200))
+    share, ids = sample(loud, HOOK, prefix, None, tokens=20, count=4, members=torch.ones(200))
     assert share == pytest.approx(1, abs=1e-5) and int(ids.max()) < 200
-    _, ids = effects.sample(loud, HOOK, prefix, None, tokens=20, count=4, members=torch.ones(257))
+    _, ids = sample(loud, HOOK, prefix, None, tokens=20, count=4, members=torch.ones(257))
     assert int(ids.max()) >= 200
     options: dict = {"tokens": 20, "count": 4, "temperature": 0}
     for vocabulary, low in ((200, True), (None, False)):
         generator = torch.Generator().manual_seed(0)
         ids = continuations(loud, HOOK, prefix, None, generator=generator, vocabulary=vocabulary, **options)
         assert (int(ids.max()) < 200) == low
-    share, _ = effects.sample(MODEL, HOOK, prefix, None, tokens=2, count=1, members=torch.ones(300))
+    share, _ = sample(MODEL, HOOK, prefix, None, tokens=2, count=1, members=torch.ones(300))
     assert share == pytest.approx(1, abs=1e-5)  # a head narrower than the tokenizer
+
+
+@torch.no_grad()
+def test_effects_are_those_of_the_model_in_evaluation(ids: Tensor):
+    """Dropout would be taken for an effect; modes are given back."""
+    noisy, sae = case(activation="batchtopk", k=4)[1], case(activation="batchtopk", k=4)[0]
+    for part in noisy.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.5
+    edit, members, prefix = effects.set_feature(sae, FEATURE, 2.0), torch.rand(257), ids[0, :4]
+    known: Any = SimpleNamespace(
+        source=Source(sae, noisy, HOOK), tokenizer=TOKENIZER,
+        held_out=SimpleNamespace(
+            ids=ids, inside=torch.ones(*ids.shape, 1, dtype=torch.bool), split=lambda p: (torch.arange(6), ids[:0, 0])
+        ),
+    )  # fmt: skip
+    study = Study.__new__(Study)
+    study.known, study.how = known, Effects(4, 2, 1, 0)
+
+    def measured() -> list[Any]:
+        return [
+            effects.logits(noisy, HOOK, ids, edit), effects.token_losses(noisy, HOOK, ids, edit),
+            effects.logit_weights(noisy, HOOK, sae, FEATURE, ids, step=0.1),
+            *sample(noisy, HOOK, prefix, edit, tokens=5, count=2, members=members), study._ablation(FEATURE, 0),
+        ]  # fmt: skip
+
+    wanted = measured()
+    noisy.train()
+    sae.train()
+    found = measured()
+    assert noisy.training and noisy.transformer.drop.training and sae.training
+    for a, b in zip(found, wanted, strict=True):
+        assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
 
 
 def test_nothing_is_left_on_the_model(ids: Tensor):

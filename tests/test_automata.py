@@ -12,6 +12,7 @@ import torch
 
 from fastsae.analysis.automata import Automaton, automata
 from fastsae.analysis.stream import Source
+from fastsae.analysis.text import scoring_half
 from fastsae.errors import FastSAEError
 from fastsae.sae import SAE
 from tests import tiny_lm
@@ -91,20 +92,20 @@ def test_the_papers_step_goes_by_the_top_logit_token():
 
 def test_numbers_are_those_counted_by_hand():
     found = run(context=30)  # documents are cut: a pair across the cut is no pair
-    fires = {(e.source, e.target): e for e in found.edges}
-    follow, now, before, links, n = 0, 0, 0, 0, 0
-    for text in texts():
+    edge = {(e.source, e.target): e for e in found.edges}[4, 5]
+    follow, now, before, links = torch.zeros(4, 2)
+    for text, half in zip(texts(), scoring_half(texts()), strict=True):
         for start in range(0, len(text), 29):  # the begin-of-text token takes one place
             piece = text[start : start + 29]
             pairs = list(zip(piece, piece[1:], strict=False))
-            links, n = links + len(pairs), n + len(piece)
-            follow += sum(p == ("x", "y") for p in pairs)
-            now += sum(p[0] == "x" for p in pairs)
-            before += sum(p[1] == "y" for p in pairs)
-    edge = fires[4, 5]
-    assert found.tokens == n
-    assert edge.probability == pytest.approx(follow / now) and 0 < edge.probability < 1
-    assert edge.excess == pytest.approx(follow / now - before / links)
+            links[int(half)] += len(pairs)
+            follow[int(half)] += sum(p == ("x", "y") for p in pairs)
+            now[int(half)] += sum(p[0] == "x" for p in pairs)
+            before[int(half)] += sum(p[1] == "y" for p in pairs)
+    assert found.tokens == sum(map(len, texts()))
+    assert edge.probability == pytest.approx(float(follow[0] / now[0])) and 0 < edge.probability < 1
+    excess = follow / now - before / links
+    assert (edge.excess, edge.excess_held_out) == pytest.approx(tuple(excess.tolist())) and edge.pairs == follow[0]
     # x's logit weights over the tokenizer's vocabulary, and y fires on y only
     w = torch.zeros(257, dtype=torch.float64)
     w[IDS[5]] = 5.0
@@ -120,6 +121,24 @@ def test_what_the_text_does_but_the_model_does_not_is_no_edge():
     assert {(e.source, e.target) for e in run(min_excess=0.7).edges} < {(e.source, e.target) for e in run().edges}
 
 
+def test_chance_does_not_pass_for_a_transition():
+    """ "xy" only where transitions are chosen: the other half tells; and a pair seen too seldom is none."""
+    documents = [SimpleNamespace(text=text, kind=str(number)) for number, text in enumerate(texts())]
+    for document, half in zip(documents, scoring_half(documents), strict=True):  # by kind first: the halves stay
+        document.text = document.text.replace("xy", "xc") if half else document.text
+    options: dict = {"context": 40, "show_progress": False}
+    found = automata(SOURCE, TOKENIZER, documents, **options)
+    edges = {(e.source, e.target): e for e in found.edges}
+    edge, sure = edges[4, 5], edges[0, 1]
+    assert edge.excess > 0.3 and edge.excess_held_out is not None and edge.excess_held_out < 0 < 10 <= edge.pairs
+    assert sure.excess_held_out == pytest.approx(sure.excess, abs=0.1)
+    assert 0 < found.held_out()["kept"] < 1
+    more = automata(SOURCE, TOKENIZER, documents, min_pairs=edge.pairs + 1, **options)
+    assert (4, 5) not in {(e.source, e.target) for e in more.edges} and found.to_dict()["held_out"]["kept"] < 1
+    alone = automata(SOURCE, TOKENIZER, ["abcabc" * 20], **options)  # one document: there is no other half
+    assert alone.edges and {edge.excess_held_out for edge in alone.edges} == {None} and alone.held_out() == {}
+
+
 def test_states_can_be_chosen_or_sampled():
     assert run(features=[0, 1, 4]).features.tolist() == [0, 1, 4]
     assert {(e.source, e.target) for e in run(features=[0, 1, 4]).edges} == {(0, 1)}
@@ -131,13 +150,18 @@ def test_an_automaton_is_json(tmp_path):
     run().save(tmp_path / "automaton.json")
     values = json.loads((tmp_path / "automaton.json").read_text())
     assert [0, 1, 2] in values["cycles"] and len(values["nodes"]) == 7
-    assert {"source", "target", "probability", "excess", "logit", "strength", "token"} == set(values["edges"][0])
+    names = {"source", "target", "probability", "excess", "logit", "strength", "token", "pairs", "excess_held_out"}
+    assert names == set(values["edges"][0])
+    held_out = values["held_out"]
+    assert held_out["transitions"] == len(values["edges"]) and held_out["kept"] == 1
+    assert held_out["excess_held_out"] == pytest.approx(np.median([e["excess_held_out"] for e in values["edges"]]))
 
 
 def test_bad_input_is_one_line():
     cases: list[tuple[str, Any]] = [
         ("numbers from 0 to 7, got 8", lambda: run(features=[8])),
         ("min_fires must be at least 1", lambda: run(min_fires=0)),
+        ("min_pairs must be at least 1", lambda: run(min_pairs=0)),
         ("did you mean min_excess", lambda: run(min_exces=0)),
         ("feature 7 is no state", lambda: run().chains(7)),
         ("raise memory", lambda: run(memory=1e-9)),

@@ -1,3 +1,7 @@
+import functools
+import json
+from typing import get_args
+
 import pytest
 
 from fastsae import cli
@@ -11,6 +15,20 @@ def test_every_verb_has_help_for_every_option(verb, capsys):
     shown = capsys.readouterr().out
     assert "--out" in shown or "--sae" in shown or "--d-in" in shown
     assert len(shown.splitlines()) > 10 and "partial" not in shown
+
+
+def test_the_command_line_offers_what_there_is(monkeypatch, capsys):
+    from fastsae.activations import RULES
+    from fastsae.config import Activation
+
+    assert get_args(Activation) == tuple(RULES)
+    for verb in ("analyze", "match", "split"):
+        with pytest.raises(SystemExit):
+            cli.main([verb, "--help"])
+        assert "Stopped, the same command goes on" in capsys.readouterr().out
+    monkeypatch.setitem(cli.VERBS, "analyze", asked := functools.wraps(cli.analyze)(lambda **given: given))
+    assert cli.main(["analyze", "--sae", "a", "--model", "b", "-o", "c", "--json"]) == 0 and asked
+    assert json.loads(capsys.readouterr().out)["out"] == "c"
 
 
 def test_bad_text_is_one_line_and_exit_2(tmp_path, capsys):
@@ -51,15 +69,20 @@ def test_analyze_passes_controls_and_widths_on(monkeypatch, tmp_path, capsys):
 
     def analyze(*args, **options):
         asked.update(options)
-        return {"left_out": [{"name": "Thai", "tokens": [3, 0]}]}
+        return {
+            "left_out": [{"name": "Thai", "tokens": [3, 0]}],
+            "notes": [{"name": "ablation", "reason": "no document is long enough"}],
+        }
 
     monkeypatch.setattr(fastsae.analysis, "analyze", analyze)
     monkeypatch.setattr(cli, "load_sae", lambda folder, *_: folder.name)
     monkeypatch.setattr(cli, "load_model", lambda name: (name, "tokenizer"))
+    monkeypatch.setattr(cli, "load_beside", lambda name, *_: name)
     argv = ["analyze", "--sae", "A", "--model", "M", "--out", str(tmp_path / "out")]
     assert cli.main([*argv, "--control-sae", "C", "--control-model", "S", "--widths", "narrow", "wide"]) == 0
     assert asked == {"other": None, "control": ("C", "S"), "widths": ["narrow", "wide"]}
-    capsys.readouterr()
+    shown = capsys.readouterr().out
+    assert "left out: Thai           3 and 0 of" in shown and "without ablation         no document is" in shown
     assert cli.main([*argv, "--control-sae", "C"]) == 2
     assert capsys.readouterr().err == "fastsae: control_sae and control_model go together, got one of them\n"
 

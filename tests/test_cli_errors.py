@@ -27,9 +27,14 @@ TRAIN = "train --store a --out b "
             EXPLAIN + "--explainer foo",
             "--explainer must be one of offline, endpoint, local, got 'foo'; see fastsae explain --help",
         ),
+        (
+            TRAIN + "--activation gated",
+            "--activation must be one of relu, topk, batchtopk, jumprelu, got 'gated'; see fastsae train --help",
+        ),
         (EXPLAIN + "--windows", "--windows needs a value; see fastsae explain --help"),
         (EXPLAIN + "extra", "explain has no use for 'extra'; see fastsae explain --help"),
         ("explain --sae a", "explain needs --model and --out; see fastsae explain --help"),
+        ("analyze --sae a", "analyze needs --model and --out; see fastsae analyze --help"),
         (
             "explain --sae a --out c --windoes 3",
             "explain needs --model, and there is no option --windoes; see fastsae explain --help",

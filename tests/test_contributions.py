@@ -1,6 +1,7 @@
 """`fastsae attribute` and `automata`: contributions against attribution and ablation themselves, and the verbs."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -126,10 +127,15 @@ def test_automata_from_the_command_line(saved, tmp_path: Path, capsys: pytest.Ca
     assert len(written["nodes"]) == said["states"] and len(written["edges"]) == said["transitions"] > 0
     assert all("text" in edge and edge["token"] < 257 for edge in written["edges"])
     source = written["edges"][0]["source"]
-    assert said[f"chain from {source}"].startswith(f"{source} –")
+    chain = said[f"chain from {source}"]
+    assert chain.startswith(f"{source} –") and re.search(r"  \(excess, held out: -?[\d.]+(, -?[\d.]+)*\)$", chain)
+    assert said["median excess, held out"] == written["held_out"]["excess_held_out"]
+    assert said["median excess"] >= 0.02 and 0 < said["share kept, held out"] == written["held_out"]["kept"] <= 1
     start = ["--min-logit", "0", "--start", str(source), "--length", "2"]
     assert main([*argv, *start]) == 0
     shown = capsys.readouterr().out
     assert f"chain from {source}" in shown and shown.count("chain from") == 1 and shown.count("→") <= 2
     assert main([*argv, "--min-logit", "0", "--start", "99"]) == 2
     assert "features must be numbers from 0 to 29, got 99" in capsys.readouterr().err
+    assert main([*argv, "--length", "0"]) == 2
+    assert capsys.readouterr().err == "fastsae: length must be at least 1 transition, got 0\n"

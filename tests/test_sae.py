@@ -321,7 +321,7 @@ class Loss(torch.nn.Module):
         ({"k": 0}, "k must be a whole number ≥ 1, got 0"),
         ({"d_in": 0}, "d_in must be"),
         ({"d_sae": 2.5}, "d_sae must be a whole number"),
-        ({"activation": "gated"}, "not available in this version"),
+        ({"activation": "gated"}, "activation must be one of 'relu', 'topk', 'batchtopk', 'jumprelu', got 'gated'"),
         ({"activation": "batchtopk", "k": F + 1}, "k must be at most"),
         ({"bandwidth": 0}, "bandwidth must be a number"),
         ({"activation": "tanh"}, "activation must be one of"),

@@ -6,18 +6,17 @@ Axes: R pairs of context and feature, B contexts in a forward pass, T tokens, D 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastsae.analysis.effects import ordinary
-from fastsae.analysis.stream import device_of, encoded, evaluating
+from fastsae.analysis.effects import ordinary, token_losses
+from fastsae.analysis.stream import check_features, encoded, evaluating
 from fastsae.codes import SparseCode
 from fastsae.errors import FastSAEError
-from fastsae.hooks import activations, replace
+from fastsae.hooks import activations
 from fastsae.sae import SAE
 
 
@@ -45,8 +44,7 @@ def ablation(
     """
     if len(contexts) != len(features):
         raise FastSAEError(f"each context needs its feature, got {len(contexts)} contexts and {len(features)} features")
-    if bad := [f for f in features if not 0 <= f < sae.cfg.d_sae]:
-        raise FastSAEError(f"features must be numbers from 0 to {sae.cfg.d_sae - 1}, got {bad[0]}")
+    check_features(features, sae.cfg.d_sae)
     pairs: dict[tuple[int, ...], list[int]] = {}
     for r, ids in enumerate(contexts):
         pairs.setdefault(tuple(torch.as_tensor(ids).tolist()), []).append(r)
@@ -76,7 +74,7 @@ def _ablate(
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(text) for text in texts], batch_first=True)
     x = activations(model, hook, ids)
     code = encoded(sae, x, hook)
-    raw = losses(model, hook, ids)
+    raw = token_losses(model, hook, ids)
     keep = ordinary(model, ids, special)
     run: list[tuple[int, int, Tensor]] = []
     for row, r in members:
@@ -90,7 +88,8 @@ def _ablate(
         for i, (_, r, f) in enumerate(part):
             d = sae.W_dec[features[r]] / sae.input_scale
             edited[i, : len(f)] -= (f[:, None] * d).to(edited.dtype)
-        change = ((losses(model, hook, ids[rows], edited) - raw[rows]) * keep[rows, 1:]).numpy()
+        without = token_losses(model, hook, ids[rows], lambda _, edited=edited: edited, ())
+        change = ((without - raw[rows]) * keep[rows, 1:]).numpy()
         for i, (row, r, _) in enumerate(part):
             result[r][1:] = change[i, : len(texts[row]) - 1]
 
@@ -102,17 +101,3 @@ def values_in(code: SparseCode, feature: int, row: int, length: int) -> Tensor:
     span = slice(row * T, row * T + length)
     on = (code.indices[span] == feature) & code.valid()[span]
     return torch.where(on, code.values[span], torch.zeros_like(code.values[span])).sum(1)
-
-
-@torch.no_grad()
-def losses(model: Any, hook: str, token_ids: Tensor, x: Tensor | None = None) -> Tensor:
-    """NLL in nats of every token given those before it, [B, T − 1] float32 on the CPU, with x in the hooked place."""
-    with replace(model, hook, lambda _: x) if x is not None else nullcontext():
-        out = model(token_ids.to(device_of(model)), use_cache=False).logits
-    targets = token_ids[:, 1:].to(out.device)
-    # Context by context: a float32 copy of all logits would be the largest tensor here.
-    rows = [
-        torch.nn.functional.cross_entropy(row[:-1].float(), target, reduction="none")
-        for row, target in zip(out, targets, strict=True)
-    ]
-    return torch.stack(rows).cpu()

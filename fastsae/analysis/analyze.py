@@ -18,10 +18,10 @@ import torch
 
 from fastsae.analysis import goals, paper_forms
 from fastsae.analysis.cards import Cards
-from fastsae.analysis.evidence import contexts_map, control_sources
+from fastsae.analysis.evidence import control_sources
 from fastsae.analysis.gaps import GapCounter, Gaps
 from fastsae.analysis.held_out import HeldOut
-from fastsae.analysis.logit_map import LogitMap
+from fastsae.analysis.logit_map import ContextSample, LogitMap, logit_map
 from fastsae.analysis.matches import SHUFFLED, TRAINED, Match, MatchConfig
 from fastsae.analysis.neurons import ClosestHeldOut, neuron_basis
 from fastsae.analysis.pages import Pages
@@ -30,8 +30,8 @@ from fastsae.analysis.passes import Watcher, take_survey
 from fastsae.analysis.proxies import DEFAULT, Proxy, proxies
 from fastsae.analysis.quality import quality as quality_of
 from fastsae.analysis.splitting import Split, SplitConfig, Splitting
-from fastsae.analysis.stream import Read, Source
-from fastsae.analysis.study import Effects, Known, Study, chosen_features, left_out
+from fastsae.analysis.stream import Read, Source, check_features
+from fastsae.analysis.study import Effects, Known, Study, chosen_features, left_out, not_measured
 from fastsae.analysis.survey import Survey, SurveyConfig
 from fastsae.analysis.text import Text
 from fastsae.analysis.universality import Matching, shuffled
@@ -88,19 +88,14 @@ class AnalyzeConfig:
             raise FastSAEError("expected at least one category, got none")
         if self.tokens is not None and self.tokens < 1:
             raise FastSAEError(f"tokens must be at least 1, got {self.tokens}; leave it out to read all")
-        for name in (
-            "context",
-            "batch_size",
-            "contexts_per_effect",
-            "sample_tokens",
-            "samples",
-            "control_tokens",
+        for least, names in (
+            (2, ("context",)),  # a begin-of-text token, and something behind it
+            (1, ("batch_size", "contexts_per_effect", "sample_tokens", "samples", "control_tokens")),
+            (0, ("explain_features", "explain_up_to", "effects_up_to", "quality_tokens")),
         ):
-            if getattr(self, name) < 1:
-                raise FastSAEError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("explain_features", "explain_up_to", "effects_up_to", "quality_tokens"):
-            if getattr(self, name) < 0:
-                raise FastSAEError(f"{name} must be at least 0, got {getattr(self, name)}")
+            for name in names:
+                if getattr(self, name) < least:
+                    raise FastSAEError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
 
 def analyze(
@@ -127,8 +122,8 @@ def analyze(
     shuffled weights (universality.shuffled) and a dictionary trained on it; without one, other's dictionary reads a
     shuffled copy of its model. widths: narrower and wider dictionaries of the same model and hook, to see features
     split. quality: figures of training and evaluation to show beside; None evaluates the dictionary. Categories that do
-    not occur in both halves of the text are left out. resume: go on with the pass over the text where an analysis of
-    the same things was stopped in `out`, to the same bits.
+    not occur in both halves of the text are left out; "notes" of the results says which effects are, and why. resume:
+    go on with the pass over the text where an analysis of the same things was stopped in `out`, to the same bits.
 
     Raises FastSAEError: what take_survey raises; an unfinished analysis there of other things, or any, without resume.
     """
@@ -136,8 +131,7 @@ def analyze(
 
     figures.require_matplotlib()
     config = config or AnalyzeConfig()
-    if bad := [n for n in config.features if not 0 <= n < sae.cfg.d_sae]:
-        raise FastSAEError(f"features must be numbers from 0 to {sae.cfg.d_sae - 1}, got {bad[0]}")
+    check_features(config.features, sae.cfg.d_sae)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     run = _Run(Source(sae, model, hook), tokenizer, documents, config, show_progress)
@@ -146,8 +140,9 @@ def analyze(
     chosen = chosen_features(cards)
     second = run.second(control, chosen, first.survey.l0())
     controls = {name: Cards(survey) for name, survey in second.surveys.items() if name != "features"}
+    logits, no_logits = run.logits()
     known = Known(
-        run.source, tokenizer, cards, controls, run.held_out, run.logits(), neuron_basis(sae.W_dec, k=5),
+        run.source, tokenizer, cards, controls, run.held_out, logits, neuron_basis(sae.W_dec, k=5),
         first.match, second.gaps, run.text.bytes_of, first.papers, second.closest,
     )  # fmt: skip
     how = Effects(config.batch_size, config.sample_tokens, config.samples, config.seed)
@@ -166,6 +161,7 @@ def analyze(
         "categories": rows,
         "left_out": left_out(cards),
         "features": asked,
+        "notes": not_measured(run.held_out, [*rows, *asked], no_logits),
         "universality": _universality(first.match),
         "splitting": _splitting(first.split, sae.cfg.d_sae, chosen, cards.survey.proxies),
         "explain": pages.explained(second.surveys, shown, config.explain_features, config.explain_up_to),
@@ -227,6 +223,7 @@ class _Run:
         self.held_out = HeldOut(
             self.text, tokenizer, config.context, config.contexts_per_effect, config.tokens, config.seed
         )
+        self._contexts = ContextSample(_LOGIT_CONTEXTS, config.seed)
         self.how = SurveyConfig(
             categories=config.categories, tokens=config.tokens, context=config.context,
             batch_size=config.batch_size, seed=config.seed,
@@ -284,6 +281,8 @@ class _Run:
         closest = ClosestHeldOut([*chosen.values(), *self.config.features], sae.cfg.d_sae, sae.cfg.d_in)
 
         def watch(some: Read) -> None:
+            assert some.context_ids is not None and some.grid is not None
+            self._contexts.add(some.context_ids, some.grid)
             documents = some.documents.numpy()
             closest.add(some.codes[0], some.xs[0], torch.from_numpy(self.text.half[documents]))
             where = self.text.first[documents] + some.positions.numpy()
@@ -300,10 +299,12 @@ class _Run:
         found = {p: counter.result() for p, counter in counters.items() if counter.tokens}
         return _Second(dict(zip(sources, surveys, strict=True)), found, closest.result())
 
-    def logits(self) -> LogitMap | None:
-        """None for a model without an unembedding."""
-        ids = self.held_out.ids[:_LOGIT_CONTEXTS]
-        return contexts_map(self.source, ids, self.tokenizer.bos_token_id is not None) if len(ids) else None
+    def logits(self) -> tuple[LogitMap | None, str | None]:
+        """After the second pass. (None, why) for a model without an unembedding that the hook leads to."""
+        try:
+            return logit_map(self.source.model, self.source.hook, *self._contexts.contexts()), None
+        except FastSAEError as error:
+            return None, str(error)
 
     def quality(self) -> dict:
         """What `evaluate` finds on the first tokens of the text; empty without any."""

@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsae.analysis.ablation import losses
-from fastsae.analysis.effects import ordinary
+from fastsae.analysis.effects import ordinary, token_losses
 from fastsae.analysis.stream import device_of, encoded, evaluating
 from fastsae.codes import SparseCode
 from fastsae.errors import FastSAEError
@@ -216,13 +215,13 @@ def _ablated_at(
     tokens n [S] of B · T."""
     T, change, wanted = token_ids.shape[1], [], keep[:, 1:].double()
     with evaluating(sae, model):
-        raw = torch.cat([losses(model, hook, part).double() for part in token_ids.split(batch_size)])
+        raw = torch.cat([token_losses(model, hook, part).double() for part in token_ids.split(batch_size)])
         for begin in range(0, len(n), batch_size):
             some = slice(begin, begin + batch_size)
             rows = (n[some] // T).cpu()
             x = activations(model, hook, token_ids[rows]).clone()
             d = sae.W_dec[features[some]] / sae.input_scale
             x[torch.arange(len(rows)), (n[some] % T).to(x.device)] -= (values[some, None] * d).to(x.dtype)
-            moved = losses(model, hook, token_ids[rows], x).double() - raw[rows]
+            moved = token_losses(model, hook, token_ids[rows], lambda _, x=x: x, ()).double() - raw[rows]
             change.append((moved * wanted[rows]).sum(1))
     return torch.cat(change).numpy()

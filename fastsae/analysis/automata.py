@@ -3,11 +3,15 @@
 Bricken et al. 2023 read features as states of a finite-state automaton: a feature raises the logits of a token, that
 token sets off another feature, and so on (HTML tags, names in capitals and underscores).
 
+Of many pairs some follow one another by chance: transitions are chosen on one half of the documents, and what they are
+worth is measured on the other.
+
 Axes: n tokens, F features, S features that are states, V vocabulary.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,8 +21,10 @@ import torch
 from torch import Tensor
 
 from fastsae.analysis.cross import add_products, entries, fired, rows_of, sample_of, selected
+from fastsae.analysis.evidence import CHOOSE, SCORE
 from fastsae.analysis.logit_map import ContextSample, logit_map, unembedding
-from fastsae.analysis.stream import Read, Source, read, watched
+from fastsae.analysis.stream import Read, Source, check_features, read, watched
+from fastsae.analysis.text import scoring_half
 from fastsae.errors import FastSAEError
 from fastsae.files import write_json
 from fastsae.harvest import check_options
@@ -36,10 +42,12 @@ class AutomataConfig:
     """Contexts in a forward pass."""
     min_fires: int = 10
     """Features that are active on fewer tokens than this are no states."""
+    min_pairs: int = 10
+    """A transition needs j right behind i at least so often in the half of the documents where it is chosen."""
     min_excess: float = 0.1
-    """A transition needs P(j next | i now) − P(j) of at least this."""
+    """… and P(j next | i now) − P(j) of at least this there, …"""
     min_logit: float = 0.5
-    """… and a mean logit weight of i on the tokens of j of at least so many standard deviations."""
+    """and a mean logit weight of i on the tokens of j of at least so many standard deviations."""
     max_edges: int = 10
     """Transitions kept from a feature, the strongest."""
     logit_contexts: int = 8
@@ -57,6 +65,7 @@ class AutomataConfig:
             ("context", 2),
             ("batch_size", 1),
             ("min_fires", 1),
+            ("min_pairs", 1),
             ("max_edges", 1),
             ("logit_contexts", 1),
         ):
@@ -69,10 +78,12 @@ class AutomataConfig:
 class Edge(NamedTuple):
     """A transition from `source` to `target`, numbers of features.
 
-    probability: P(target fires on the next token | source fires on this one). excess: that less P(target fires), over
-    tokens that have one before them. logit: the source's mean logit weight on the tokens on which the target fires, in
-    standard deviations of its logit weights over the vocabulary. strength: excess · logit. token: the id that stands
-    between them, the one with the largest part in logit.
+    pairs: how often target fires right behind source. probability: P(target fires on the next token | source fires on
+    this one). excess: that less P(target fires), over tokens that have one before them. logit: the source's mean logit
+    weight on the tokens on which the target fires, in standard deviations of its logit weights over the vocabulary.
+    strength: excess · logit. token: the id that stands between them, the one with the largest part in logit. All of
+    this is in-sample, of the half of the documents on which the transition was chosen; excess_held_out is of the other
+    half, None where no token there follows one on which source fires.
     """
 
     source: int
@@ -81,13 +92,15 @@ class Edge(NamedTuple):
     excess: float
     logit: float
     strength: float
-    token: int = -1
+    token: int
+    pairs: int
+    excess_held_out: float | None
 
 
 class Step(NamedTuple):
     """The paper's way on from a feature: `token`, its top logit token, with that logit weight; `target`, the feature
     that fires on that token, with `f1`: the harmonic mean of P(token | fires) and P(fires | token). None and 0 where
-    the token does not occur or no state fires on it."""
+    the token does not occur or no state fires on it. The best of all states over all tokens, so in-sample."""
 
     token: int
     weight: float
@@ -97,8 +110,9 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Automaton:
-    """The graph. features: [S] states; fires: [S] tokens on which each is active; edges: strongest first; steps: of
-    every state. tokens: n. sampled: whether live features were left out for want of memory."""
+    """The graph. features: [S] states; fires: [S] tokens on which each is active; edges: strongest first, by the half
+    of the documents that chose them; steps: of every state. tokens: n. sampled: whether live features were left out for
+    want of memory. min_excess: what transitions were chosen by."""
 
     tokens: int
     sampled: bool
@@ -106,6 +120,19 @@ class Automaton:
     fires: Tensor
     edges: tuple[Edge, ...]
     steps: dict[int, Step]
+    min_excess: float
+
+    def held_out(self) -> dict[str, float]:
+        """Over the transitions that the other half of the documents can tell of: median excess where they were chosen,
+        and there, and the share that has min_excess there too. Empty where there are none."""
+        both = [(e.excess, e.excess_held_out) for e in self.edges if e.excess_held_out is not None]
+        if not both:
+            return {}
+        chosen, scored = torch.tensor(both, dtype=torch.float64).T
+        return {
+            "transitions": len(both), "excess": float(chosen.quantile(0.5)),
+            "excess_held_out": float(scored.quantile(0.5)), "kept": float((scored >= self.min_excess).double().mean()),
+        }  # fmt: skip
 
     def next(self, feature: int) -> list[Edge]:
         """Transitions from a feature, strongest first. Raises FastSAEError for one that is no state."""
@@ -159,7 +186,8 @@ class Automaton:
         return out
 
     def to_dict(self, cycle_length: int = 4, spelled: Callable[[int], str] | None = None) -> dict[str, Any]:
-        """Ready for JSON: nodes, edges, steps and cycles. spelled: token id → its text, to stand beside the ids."""
+        """Ready for JSON: nodes with their steps, edges, held_out and cycles. spelled: token id → its text, to stand
+        beside the ids."""
 
         def spelt(token: int) -> dict[str, str]:
             return {} if spelled is None or token < 0 else {"text": spelled(token)}
@@ -172,6 +200,7 @@ class Automaton:
                 for f, n in zip(self.features.tolist(), self.fires.tolist(), strict=True)
             ],
             "edges": [edge._asdict() | spelt(edge.token) for edge in self.edges],
+            "held_out": self.held_out(),
             "cycles": self.cycles(cycle_length),
         }
 
@@ -203,10 +232,8 @@ def automata(
     Raises FastSAEError: what `read` raises, features that the dictionary does not have, a model without an unembedding.
     """
     config = replace(config or AutomataConfig(), **check_options(AutomataConfig, options))
-    size = source.sae.cfg.d_sae
-    if features is not None and (bad := [f for f in features if not 0 <= f < size]):
-        raise FastSAEError(f"features must be numbers from 0 to {size - 1}, got {bad[0]}")
-    transitions = Transitions(source, len(tokenizer), config, features)
+    check_features(features or (), source.sae.cfg.d_sae)
+    transitions = Transitions(source, len(tokenizer), scoring_half(documents), config, features)
     stream = read(
         [source], tokenizer, documents, context=config.context, batch_size=config.batch_size, max_tokens=config.tokens
     )
@@ -218,14 +245,21 @@ def automata(
 class Transitions:
     """The counts of one automaton: `add` every Read with the grid of its text, then `result`.
 
-    Memory is 8 · S · (S + V) bytes, V being the vocabulary, and up to three times that for a moment in `result`. Only
-    neighbours in one context count: both tokens kept, the later one right behind.
+    scoring: for each document whether it is in the half on which transitions are scored, else chosen. Counts are int32,
+    good for 2 · 10⁹ tokens: memory is 8 · S · (S + V) bytes, V being the vocabulary, and up to three times that for a
+    moment in `result`. Only neighbours in one context count: both tokens kept, the later one right behind.
     """
 
     def __init__(
-        self, source: Source, vocabulary: int, config: AutomataConfig, features: Sequence[int] | None = None
+        self,
+        source: Source,
+        vocabulary: int,
+        scoring: Sequence[bool],
+        config: AutomataConfig,
+        features: Sequence[int] | None = None,
     ) -> None:
         self.source, self.config = source, config
+        self._scoring = torch.tensor(list(scoring), dtype=torch.bool)
         size, device = source.sae.cfg.d_sae, source.sae.device
         wanted = torch.arange(size) if features is None else torch.tensor(sorted(set(features)), dtype=torch.int64)
         row = 8 * (len(wanted) + vocabulary)
@@ -234,13 +268,13 @@ class Transitions:
         self._row = rows_of(self.states, size).to(device)
         S = len(self.states)
         self.n = 0
-        self.fires = torch.zeros(S, dtype=torch.float64, device=device)
-        self.followed = torch.zeros(S, dtype=torch.float64, device=device)  # fires with a token behind
-        self.preceded = torch.zeros(S, dtype=torch.float64, device=device)  # fires with a token before
-        self.links = 0
-        self.pairs = torch.zeros(S, S, dtype=torch.float64, device=device)
-        self.on_token = torch.zeros(S, vocabulary, dtype=torch.float64, device=device)
-        self.token_counts = torch.zeros(vocabulary, dtype=torch.float64, device=device)
+
+        def zeros(*shape: int) -> Tensor:  # of either half of the documents
+            return torch.zeros(2, *shape, dtype=torch.int32, device=device)
+
+        self.links = zeros()
+        self.followed, self.preceded = zeros(S), zeros(S)  # fires with a token behind, with one before
+        self.pairs, self.on_token, self.token_counts = zeros(S, S), zeros(S, vocabulary), zeros(vocabulary)
         self._contexts = ContextSample(config.logit_contexts, config.seed)
         unembedding(source.model)  # a model without one is told before its hours of text, not after
 
@@ -248,32 +282,39 @@ class Transitions:
         if some.grid is None or some.context_ids is None:
             raise FastSAEError("automata need text in its order, a store has its rows shuffled: read the documents")
         self._contexts.add(some.context_ids, some.grid)
-        device, code = self._row.device, some.codes[0]
-        here = fired(selected(entries(code, device), self._row))
-        token = some.token_ids.to(device)
-        self.n += len(token)
-        self.fires.index_add_(0, here.features, here.values)
-        self.token_counts.index_add_(0, token, torch.ones(len(token), dtype=torch.float64, device=device))
-        at = token.repeat_interleave(here.counts)
-        self.on_token.view(-1).index_add_(0, here.features * self.on_token.shape[1] + at, here.values)
+        self.n += len(some.token_ids)
         linked = (some.grid[:, :-1] >= 0) & (some.grid[:, 1:] >= 0)
-        self.links += int(linked.sum())
-        now, then = (
-            fired(selected(entries(code, device, part[linked]), self._row))
-            for part in (some.grid[:, :-1], some.grid[:, 1:])
+        rows, now, then = torch.arange(len(some.token_ids)), some.grid[:, :-1][linked], some.grid[:, 1:][linked]
+        scoring = self._scoring[some.documents]  # a context is of one document
+        for half in (CHOOSE, SCORE):
+            of_half = scoring == bool(half)
+            self._add(half, some, rows[of_half], now[of_half[now]], then[of_half[now]])
+
+    def _add(self, half: int, some: Read, rows: Tensor, now: Tensor, then: Tensor) -> None:
+        """rows: tokens of one half; now, then: those of them that are neighbours."""
+        device, V = self._row.device, self.on_token.shape[-1]
+        here, first, second = (
+            fired(selected(entries(some.codes[0], device, part), self._row)) for part in (rows, now, then)
         )
-        self.followed.index_add_(0, now.features, now.values)
-        self.preceded.index_add_(0, then.features, then.values)
-        add_products(self.pairs, now, then)
+        token = some.token_ids[rows].to(device)
+        self.token_counts[half] += torch.bincount(token, minlength=V)
+        at = here.features * V + token.repeat_interleave(here.counts)
+        self.on_token[half].view(-1).index_add_(0, at, torch.ones_like(at, dtype=torch.int32))
+        self.links[half] += len(now)
+        self.followed[half] += torch.bincount(first.features, minlength=len(self.states))
+        self.preceded[half] += torch.bincount(second.features, minlength=len(self.states))
+        add_products(self.pairs[half], first, second)
 
     def result(self) -> Automaton:
-        live = (self.fires >= self.config.min_fires).nonzero().flatten()
+        fires = self.on_token.sum((0, 2))
+        live = (fires >= self.config.min_fires).nonzero().flatten()
         states = self.states[live.cpu()]
         model, hook = self.source.model, self.source.hook
         weights = logit_map(model, hook, *self._contexts.contexts()) if len(states) else None
         # P(token | j fires): [V, S], what the mean logit weight on the tokens of j is a product with
-        on_token = self.on_token[live]
+        on_token = self.on_token[CHOOSE, live].double()
         shares = (on_token / on_token.sum(1, keepdim=True).clamp(min=1)).T.cpu()
+        on_token = self.on_token[:, live].sum(0).double().cpu()
         edges: list[Edge] = []
         steps: dict[int, Step] = {}
         for rows in torch.arange(len(states)).split(256):  # [256, V] logit weights at once
@@ -282,17 +323,23 @@ class Transitions:
             w = _of_vocabulary(w, len(shares))
             spread = w.std(1, keepdim=True).clamp(min=1e-12)
             edges += self._edges(rows, live, states, w / spread, shares)
-            steps |= self._steps(rows, states, w, on_token.cpu())
+            steps |= self._steps(rows, states, w, on_token)
         edges.sort(key=lambda edge: -edge.strength)
-        return Automaton(self.n, self.sampled, states, self.fires[live].long().cpu(), tuple(edges), steps)
+        return Automaton(
+            self.n, self.sampled, states, fires[live].cpu(), tuple(edges), steps, self.config.min_excess
+        )
 
     def _edges(self, rows: Tensor, live: Tensor, states: Tensor, w: Tensor, shares: Tensor) -> list[Edge]:
         """Of the states at `rows`; w: [rows, V], their logit weights in standard deviations; shares: [V, S]."""
         logit = w @ shares  # [rows, S]
-        pairs = self.pairs[live[rows.to(live.device)]][:, live].cpu()
-        probability = pairs / self.followed[live].cpu()[rows].clamp(min=1)[:, None]
-        excess = probability - self.preceded[live].cpu() / max(self.links, 1)
-        real = (excess >= self.config.min_excess) & (logit >= self.config.min_logit)
+        pairs = self.pairs[:, live[rows.to(live.device)]][:, :, live].cpu()  # [2, rows, S]
+        followed = self.followed[:, live].cpu()[:, rows]
+        probability = pairs / followed.clamp(min=1)[..., None].double()
+        excess = probability - (self.preceded[:, live] / self.links.clamp(min=1)[:, None].double()).cpu()[:, None]
+        how = self.config
+        real = (pairs[CHOOSE] >= how.min_pairs) & (excess[CHOOSE] >= how.min_excess) & (logit >= how.min_logit)
+        held_out = excess[SCORE].masked_fill((followed[SCORE] == 0)[:, None], torch.nan)
+        probability, excess, pairs = probability[CHOOSE], excess[CHOOSE], pairs[CHOOSE]
         strength = torch.where(real, excess * logit, torch.zeros_like(excess))
         best = strength.topk(min(self.config.max_edges, strength.shape[1]), dim=1)
         found = []
@@ -300,14 +347,15 @@ class Transitions:
             for value, j in zip(best.values[i].tolist(), best.indices[i].tolist(), strict=True):
                 if value > 0:
                     numbers = (float(probability[i, j]), float(excess[i, j]), float(logit[i, j]), value)
-                    between = int((w[i] * shares[:, j]).argmax())
-                    found.append(Edge(int(states[rows[i]]), int(states[j]), *numbers, between))
+                    between, scored = int((w[i] * shares[:, j]).argmax()), float(held_out[i, j])
+                    held = None if math.isnan(scored) else scored
+                    found.append(Edge(int(states[rows[i]]), int(states[j]), *numbers, between, int(pairs[i, j]), held))
         return found
 
     def _steps(self, rows: Tensor, states: Tensor, w: Tensor, on_token: Tensor) -> dict[int, Step]:
         """The top logit token of the states at `rows` and the state that stands for that token best."""
         top = w.max(1)
-        counts, fires = self.token_counts.cpu()[top.indices], on_token.sum(1)
+        counts, fires = self.token_counts.sum(0).cpu()[top.indices], on_token.sum(1)
         f1 = 2 * on_token[:, top.indices] / (fires[:, None] + counts).clamp(min=1)  # [S, rows]
         best = f1.max(0)
         return {

@@ -16,6 +16,7 @@ from fastsae.analysis.ablation import ablation
 from fastsae.analysis.attribution import Agreement, TooFewError, agreement, attribution
 from fastsae.analysis.effects import ordinary, special_ids
 from fastsae.analysis.labels import TokenBytes, readable
+from fastsae.analysis.stream import check_features
 from fastsae.contexts import context_batches, model_limits
 from fastsae.errors import FastSAEError
 from fastsae.harvest import check_options
@@ -132,8 +133,7 @@ def contributions(
     prompts with nothing to predict or longer than the model reads, documents none of which fills a context.
     """
     config = replace(config or AttributeConfig(), **check_options(AttributeConfig, options))
-    if bad := [f for f in config.features if not 0 <= f < sae.cfg.d_sae]:
-        raise FastSAEError(f"features must be numbers from 0 to {sae.cfg.d_sae - 1}, got {bad[0]}")
+    check_features(config.features, sae.cfg.d_sae)
     find_module(model, hook)
     if config.prompts:
         ids = _of_prompts(model, tokenizer, config.prompts)

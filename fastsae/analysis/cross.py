@@ -53,7 +53,7 @@ def selected(code: Entries, row_of: Tensor) -> Entries:
 
 
 def add_products(out: Tensor, a: Entries, b: Entries) -> None:
-    """out[i, j] += Σ_n a_i[n] · b_j[n]; out: [A, B] float64.
+    """out[i, j] += Σ_n a_i[n] · b_j[n]; out: [A, B] float64, or integers where a and b hold whole numbers.
 
     Costs Σ_n K_a[n] · K_b[n] products: those pairs of features that are active on the same token, and no others.
     """
@@ -74,7 +74,7 @@ def add_products(out: Tensor, a: Entries, b: Entries) -> None:
         within = torch.arange(int(n.sum()), device=out.device) - (n.cumsum(0) - n).repeat_interleave(n)
         at = first[part].repeat_interleave(n) + within
         flat = a.features[part].repeat_interleave(n) * out.shape[1] + b.features[at]
-        out.view(-1).index_add_(0, flat, a.values[part].repeat_interleave(n) * b.values[at])
+        out.view(-1).index_add_(0, flat, (a.values[part].repeat_interleave(n) * b.values[at]).to(out.dtype))
         start = stop
 
 

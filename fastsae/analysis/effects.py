@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from fastsae.analysis.stream import encoded
+from fastsae.analysis.stream import check_features, device_of, encoded, evaluating
 from fastsae.errors import FastSAEError
 from fastsae.hooks import replace
 from fastsae.sae import SAE
@@ -96,8 +96,7 @@ def set_features(sae: SAE, edits: Sequence[FeatureEdit]) -> Edit:
     features = [edit.feature for edit in edits]
     if not edits or len(set(features)) < len(features):
         raise FastSAEError(f"expected edits of one feature each, no feature twice, got features {features}")
-    if bad := [f for f in features if not 0 <= f < sae.cfg.d_sae]:
-        raise FastSAEError(f"features must be numbers from 0 to {sae.cfg.d_sae - 1}, got {bad[0]}")
+    check_features(features, sae.cfg.d_sae)
     d = (sae.W_dec[features] / sae.input_scale).detach()  # [M, D]
     to = torch.tensor([edit.value for edit in edits], device=d.device, dtype=d.dtype)
     fixed = torch.tensor([edit.mode != "add" for edit in edits], device=d.device)
@@ -127,25 +126,39 @@ def set_neuron(neuron: int, to: float) -> Edit:
     return edit
 
 
-@torch.no_grad()
 def logits(
     model: Any, hook: str, token_ids: Tensor, edit: Edit | None = None, special: Sequence[int] | None = None
 ) -> Tensor:
-    """The model's logits [B, T, V] in float32, with the hooked output edited at all tokens but the special ones.
+    """The logits [B, T, V] in float32 of the model in evaluation mode, with the hooked output edited at all tokens but
+    the special ones.
 
     V is the width of the model's head, which may be padded beyond the tokenizer's vocabulary.
     """
-    with replace(model, hook, only_at(edit, ordinary(model, token_ids, special))) if edit else nullcontext():
-        return model(token_ids.to(next(model.parameters()).device), use_cache=False).logits.float()
+    return _output(model, hook, token_ids, edit, special).float()
 
 
+@torch.no_grad()
 def token_losses(
     model: Any, hook: str, token_ids: Tensor, edit: Edit | None = None, special: Sequence[int] | None = None
 ) -> Tensor:
-    """Negative log-likelihood in nats of every token given those before it, [B, T − 1]. special: not edited."""
-    out = logits(model, hook, token_ids, edit, special)[:, :-1]
+    """Negative log-likelihood in nats of every token given those before it, [B, T − 1] float32 on the CPU, the model in
+    evaluation mode. special: not edited."""
+    out = _output(model, hook, token_ids, edit, special)
     targets = token_ids[:, 1:].to(out.device)
-    return torch.nn.functional.cross_entropy(out.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+    # Context by context: a float32 copy of all logits would be the largest tensor here.
+    rows = [
+        torch.nn.functional.cross_entropy(row[:-1].float(), target, reduction="none")
+        for row, target in zip(out, targets, strict=True)
+    ]
+    return torch.stack(rows).cpu()
+
+
+@torch.no_grad()
+def _output(model: Any, hook: str, token_ids: Tensor, edit: Edit | None, special: Sequence[int] | None) -> Tensor:
+    """Logits [B, T, V] in the model's own type. Dropout would be taken for an effect: at a rate of 0.1, 0.4 nats."""
+    change = replace(model, hook, only_at(edit, ordinary(model, token_ids, special))) if edit else nullcontext()
+    with evaluating(model), change:
+        return model(token_ids.to(device_of(model)), use_cache=False).logits
 
 
 def logit_weights(
@@ -163,34 +176,3 @@ def logit_weights(
     keep = ordinary(model, token_ids, special).to(edited.device)
     mean = ((edited - logits(model, hook, token_ids))[keep] / step).mean(0)
     return (mean - mean.median()).cpu()
-
-
-@torch.no_grad()
-def sample(
-    model: Any,
-    hook: str,
-    prefix: Tensor,
-    edit: Edit | None,
-    *,
-    tokens: int,
-    count: int,
-    members: Tensor,
-    seed: int = 0,
-    special: Sequence[int] | None = None,
-) -> tuple[float, Tensor]:
-    """Samples `count` continuations of prefix [T] at temperature 1 with the hooked output edited.
-
-    members: [V], how much of each token of the tokenizer belongs to the category; what the model's head has beyond it
-    is never written, and has no probability. Returns (the mean over all sampled positions of the probability that the
-    model gave the category, token ids [count, tokens]). The edit acts on prefix and continuation, special tokens of
-    either left out: where the prefix is a begin-of-text token alone, it acts from the first token written.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    ids = prefix.repeat(count, 1)
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None) or 10**9
-    share = 0.0
-    for _ in range(tokens):
-        p = logits(model, hook, ids[:, -limit:], edit, special)[:, -1, : len(members)].softmax(-1).cpu()
-        share += float((p @ members[: p.shape[1]]).mean()) / tokens
-        ids = torch.cat([ids, torch.multinomial(p, 1, generator=generator)], dim=1)
-    return share, ids[:, len(prefix) :]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastsae.analysis.examples import Example
 from fastsae.analysis.specificity import pearson
-from fastsae.analysis.stream import Read
+from fastsae.analysis.stream import Read, check_features
 from fastsae.errors import FastSAEError
 
 
@@ -77,8 +77,7 @@ class GapCounter:
     def __init__(
         self, feature: int, d_sae: int, *, source: int = 0, examples: int = 20, around: int = 8, seed: int = 0
     ) -> None:
-        if not 0 <= feature < d_sae:
-            raise FastSAEError(f"features must be numbers from 0 to {d_sae - 1}, got {feature}")
+        check_features([feature], d_sae)
         self.feature, self.source, self.around = feature, source, around
         self.tokens = self.members = self.missed = 0
         # Where others are chosen and where they are scored: firing on all tokens and on the gap; tokens and gap.

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae.analysis.ablation import losses
 from fastsae.analysis.effects import (
     Edit,
     FeatureEdit,
@@ -24,8 +23,9 @@ from fastsae.analysis.effects import (
     ordinary,
     set_features,
     special_ids,
+    token_losses,
 )
-from fastsae.analysis.stream import Source, device_of, evaluating, read
+from fastsae.analysis.stream import Source, check_features, device_of, evaluating, read
 from fastsae.contexts import model_limits
 from fastsae.errors import FastSAEError
 from fastsae.hooks import find_module, replace
@@ -172,7 +172,8 @@ def steer(
                 generator = torch.Generator().manual_seed(seed + number)
                 ids = continuations(
                     model, hook, begin, change, tokens=tokens, count=samples, temperature=temperature,
-                    generator=generator, watch=watch, vocabulary=len(tokenizer), special=special_ids(model, tokenizer),
+                    generator=generator, vocabulary=len(tokenizer), special=special_ids(model, tokenizer),
+                    watch=watch and (lambda _: watch()),
                 )  # fmt: skip
                 sides.append(_texts(model, hook, tokenizer, begin, ids))
             found.append(Steered(prompt, *sides))
@@ -190,14 +191,15 @@ def continuations(
     count: int,
     temperature: float,
     generator: torch.Generator,
-    watch: Callable[[], None] | None = None,
+    watch: Callable[[Tensor], None] | None = None,
     vocabulary: int | None = None,
     special: Sequence[int] | None = None,
 ) -> Tensor:
     """`count` continuations of prefix [T], [count, tokens], with the hooked output edited at all but special tokens.
 
     vocabulary: entries of the tokenizer, where the model's head may be padded beyond them: ids from there on are not
-    written. special: ids of special tokens, as `effects` has them; () for none.
+    written. special: ids of special tokens, as `effects` has them; () for none. watch: is shown the logits [count, V]
+    that every next token is drawn from; what it raises ends the writing.
 
     An edit looks at one token at a time, so keys and values computed under it stay right for later tokens. A text that
     outgrows the model's longest context goes on without cache, on the last tokens that the model can read.
@@ -217,8 +219,40 @@ def continuations(
         logits = out.logits[:, -1, :vocabulary].float().cpu()
         ids = torch.cat([ids, _next(logits, temperature, generator)], dim=1)
         if watch is not None:
-            watch()
+            watch(logits)
     return ids[:, len(prefix) :]
+
+
+def sample(
+    model: Any,
+    hook: str,
+    prefix: Tensor,
+    edit: Edit | None,
+    *,
+    tokens: int,
+    count: int,
+    members: Tensor,
+    seed: int = 0,
+    special: Sequence[int] | None = None,
+) -> tuple[float, Tensor]:
+    """`count` continuations of prefix [T] at temperature 1, the model in evaluation mode.
+
+    members: [V], how much of each token of the tokenizer belongs to a category; what the model's head has beyond it is
+    never written, and has no probability. Returns (the mean over all sampled positions of the probability that the
+    model gave the category, token ids [count, tokens]). The edit acts on prefix and continuation, special tokens of
+    either left out: where the prefix is a begin-of-text token alone, it acts from the first token written.
+    """
+    shares: list[float] = []
+
+    def watch(logits: Tensor) -> None:
+        shares.append(float((logits.softmax(-1) @ members[: logits.shape[1]]).mean()))
+
+    with evaluating(model):
+        ids = continuations(
+            model, hook, prefix, edit, tokens=tokens, count=count, temperature=1.0, watch=watch,
+            generator=torch.Generator().manual_seed(seed), vocabulary=len(members), special=special,
+        )  # fmt: skip
+    return sum(shares) / tokens, ids
 
 
 def _cache_name(model: Any) -> str | None:
@@ -251,7 +285,7 @@ def _prompt_ids(tokenizer: Any, prompt: str) -> Tensor:
 def _texts(model: Any, hook: str, tokenizer: Any, prefix: Tensor, ids: Tensor) -> list[Continuation]:
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", None) or 10**9
     whole = torch.cat([prefix.repeat(len(ids), 1), ids], dim=1)[:, -limit:]
-    nll = losses(model, hook, whole)[:, -ids.shape[1] :].mean(1)
+    nll = token_losses(model, hook, whole)[:, -ids.shape[1] :].mean(1)
     made = []
     for row, value in zip(ids.tolist(), nll.tolist(), strict=True):
         end = row.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in row else len(row)
@@ -274,8 +308,7 @@ def maxima(
     batch_size: int = 32,
 ) -> dict[int, float]:
     """The largest activation of each feature on the first `tokens` tokens of the documents; 0 where it never fires."""
-    if bad := [f for f in features if not 0 <= f < sae.cfg.d_sae]:
-        raise FastSAEError(f"features must be numbers from 0 to {sae.cfg.d_sae - 1}, got {bad[0]}")
+    check_features(features, sae.cfg.d_sae)
     highest = torch.zeros(len(features))
     source, texts = Source(sae, model, hook), list(documents)
     for batch in read([source], tokenizer, texts, context=context, batch_size=batch_size, max_tokens=tokens):

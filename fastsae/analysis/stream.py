@@ -184,6 +184,12 @@ def encoded(sae: SAE, x: Tensor, where: str) -> SparseCode:
             return SparseCode.from_dense(sae.encode(x))
 
 
+def check_features(features: Sequence[int], d_sae: int) -> None:
+    """Raises FastSAEError for a number that is none of the dictionary's features."""
+    if bad := [f for f in features if not 0 <= f < d_sae]:
+        raise FastSAEError(f"features must be numbers from 0 to {d_sae - 1}, got {bad[0]}")
+
+
 @contextmanager
 def evaluating(*modules: Any) -> Iterator[None]:
     """Modules in evaluation mode: no dropout, and no code of a token that depends on the others of its batch.

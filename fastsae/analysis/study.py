@@ -7,7 +7,7 @@ Axes: F features, D neurons, P categories, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastsae.analysis import attribution, effects, specificity
+from fastsae.analysis.ablation import ablation
 from fastsae.analysis.cards import Cards
 from fastsae.analysis.evidence import CHOOSE, SCORE
 from fastsae.analysis.examples import Example
@@ -24,7 +25,8 @@ from fastsae.analysis.labels import TokenBytes, readable
 from fastsae.analysis.logit_map import LogitMap
 from fastsae.analysis.neurons import NeuronBasis
 from fastsae.analysis.paper_forms import PaperForm
-from fastsae.analysis.stream import Source
+from fastsae.analysis.steering import sample
+from fastsae.analysis.stream import Source, evaluating
 from fastsae.analysis.universality import Match
 from fastsae.hooks import activations
 
@@ -83,6 +85,21 @@ def left_out(cards: Cards) -> list[dict]:
     ]
 
 
+def not_measured(held_out: HeldOut, rows: Sequence[dict], no_logits: str | None = None) -> list[dict[str, str]]:
+    """What rows lack and why, {"name", "reason"} each. no_logits: why there are no logit weights, if there are none."""
+    context = held_out.ids.shape[1]
+    full = f"fills a context of {context} tokens without special tokens: a smaller context may help"
+    found = {} if no_logits is None else {"logit weights": no_logits}
+    for row in rows:
+        if row["max"] <= 0:
+            found[f"effects of feature {row['feature']}"] = "it never fires on this text"
+        elif not len(held_out.ids):
+            found["ablation"] = f"no document of the half on which features are scored {full}"
+        elif row["ablation"] is None:
+            found[f"ablation beside {row['name']}"] = f"no stretch of a document in which it is to be predicted {full}"
+    return [{"name": name, "reason": reason} for name, reason in found.items()]
+
+
 class Study:
     """Rows of the report."""
 
@@ -130,7 +147,7 @@ class Study:
             "pinning": None,
             "logits": None,
         }
-        if highest > 0 and len(self.known.held_out.ids):
+        if highest > 0:
             result["ablation"] = self._ablation(feature, p)
             result["pinning"] = self._pinning(feature, neuron, highest, p)
             result["logits"] = self._logits(feature, p)
@@ -212,16 +229,15 @@ class Study:
             return None
         special = effects.special_ids(model, self.known.tokenizer)
         chosen = torch.cat([with_it, without])
-        edit = effects.set_feature(sae, feature, 0.0)
-        change, strength = [], []
-        for part in chosen.split(self.how.batch_size):
-            ids = self.known.held_out.ids[part]
-            raw = effects.token_losses(model, hook, ids)
-            change.append((effects.token_losses(model, hook, ids, edit, special) - raw).cpu())
-            with torch.no_grad():
-                strength.append(effects.feature_values(sae, activations(model, hook, ids), feature)[:, :-1].cpu())
-        delta, member = torch.cat(change), self.known.held_out.inside[chosen][:, 1:, p]
-        keep = effects.ordinary(model, self.known.held_out.ids[chosen], special)
+        ids, batch = self.known.held_out.ids[chosen], self.how.batch_size
+        change = ablation(sae, model, hook, list(ids), [feature] * len(ids), batch_size=batch, special=special)
+        with torch.no_grad(), evaluating(model):
+            strength = [
+                effects.feature_values(sae, activations(model, hook, part), feature)[:, :-1].cpu()
+                for part in ids.split(batch)
+            ]
+        delta, member = torch.from_numpy(np.stack(change))[:, 1:], self.known.held_out.inside[chosen][:, 1:, p]
+        keep = effects.ordinary(model, ids, special)
         near = torch.arange(len(chosen))[:, None].expand_as(member) < len(with_it)
         counted, before = keep[:, 1:], keep[:, :-1] & keep[:, 1:]  # before: an ordinary token, and one behind it
         member = member & counted
@@ -272,7 +288,7 @@ class Study:
                 begin = torch.tensor([*start, *ids], dtype=torch.int64)
                 if not len(begin):  # nothing to begin with: no prefix, and no begin-of-text token in the vocabulary
                     continue
-                share, sampled = effects.sample(
+                share, sampled = sample(
                     model, hook, begin, edit, tokens=self.how.sample_tokens, count=self.how.samples,
                     members=members, seed=self.how.seed + number, special=special,
                 )  # fmt: skip

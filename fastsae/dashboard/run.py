@@ -84,7 +84,7 @@ def open_live(stored: Stored, inputs: Inputs) -> tuple[Live | None, str | None]:
 
 def _live(stored: Stored, inputs: Inputs, sae: Path, model: str) -> Live:
     from fastsae import corpus
-    from fastsae.inputs import load_model, load_sae
+    from fastsae.inputs import load_beside, load_model, load_sae
 
     hook = inputs.hook or MLP_HOOK
     dictionary = load_sae(sae, model, hook)
@@ -94,9 +94,7 @@ def _live(stored: Stored, inputs: Inputs, sae: Path, model: str) -> Live:
     other = None
     if inputs.other_sae is not None:
         own = inputs.other_model in (None, model)
-        second, words = (network, tokenizer) if own else load_model(str(inputs.other_model))
-        if words.get_vocab() != tokenizer.get_vocab():
-            raise FastSAEError(f"{model} and {inputs.other_model} must share a tokenizer to be compared")
+        second = network if own else load_beside(str(inputs.other_model), tokenizer, model)
         beside = inputs.other_hook or hook
         other = Source(load_sae(inputs.other_sae, inputs.other_model or model, beside), second, beside)
     documents = corpus.load(inputs.text or "builtin", "heldout", inputs.text_field)
