@@ -8,22 +8,20 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-from fastsae.analysis import AnalyzeConfig
 from fastsae.analysis.contributions import Contributions
 from fastsae.analysis.steering import Steering
-from fastsae.cli_analysis import explain, match, serve, split, steer
+from fastsae.cli_analysis import explain, match, split, steer
 from fastsae.cli_effects import attribute, automata
 from fastsae.cli_errors import again, one_line
+from fastsae.cli_report import analyze, serve
 from fastsae.errors import FastSAEError
 from fastsae.estimate import Estimate
 from fastsae.evaluate import EvalConfig
-from fastsae.files import claim_folder
 from fastsae.harvest import HarvestConfig
-from fastsae.inputs import load_beside, load_model, load_sae, quiet
+from fastsae.inputs import load_model, load_sae, quiet
 from fastsae.lm import MLP_HOOK, LMConfig
 from fastsae.machines import GPUS
 from fastsae.recipe import Preset, TrainConfig
@@ -167,66 +165,6 @@ def evaluate(
     dictionary = load_sae(sae, model, hook)
     found = fastsae.evaluate(dictionary, network, tokenizer, documents, hook, config)
     return quality(dictionary, found).to_dict()
-
-
-def analyze(
-    sae: Path,
-    model: str,
-    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])],
-    config: OnOneLevel[AnalyzeConfig],
-    hook: str = MLP_HOOK,
-    text: str = "builtin",
-    text_field: str = "text",
-    other_sae: Path | None = None,
-    other_model: str | None = None,
-    control_sae: Path | None = None,
-    control_model: str | None = None,
-    widths: tuple[Path, ...] = (),
-) -> dict:
-    """Find the features of scripts, base64 and DNA on held-out text and write a report on them.
-
-    Stopped, the same command goes on from the last minute, or from where Ctrl-C came.
-
-    Args:
-        sae: Folder of the dictionary (the run's folder or its sae/ folder).
-        model: Folder or hub name of the causal LM it was trained on.
-        out: New folder, or one that this same command made: index.html (a page for every feature), report.html (the
-            categories), results.json and the figures.
-        hook: Module path it was trained on.
-        text: builtin, a text file, a .jsonl file, a folder of those, or hf:NAME; its held-out documents are used.
-        text_field: Field of a JSONL line or dataset row that holds the text.
-        other_sae: Dictionary of another run, to look for the same features in.
-        other_model: The causal LM of that other run; same tokenizer.
-        control_sae: Dictionary trained on a shuffled model, as a control beside the others.
-        control_model: That model: one with the weights of every matrix shuffled (fastsae.analysis.shuffled).
-        widths: Narrower and wider dictionaries of the same model and module, to see features split.
-    """
-    from fastsae import corpus
-    from fastsae.analysis import analyze as run
-
-    given = {"sae": sae, "model": model, "hook": hook, "text": text, "other_sae": other_sae, "other_model": other_model}
-    more = {"control_sae": control_sae, "control_model": control_model, "widths": [str(width) for width in widths]}
-    given |= {name: value for name, value in more.items() if value}
-    for name in ("other", "control"):
-        if (given.get(f"{name}_sae") is None) != (given.get(f"{name}_model") is None):
-            raise FastSAEError(f"{name}_sae and {name}_model go together, got one of them")
-    claim_folder(out, "analysis", {**given, "analyze": asdict(config)}, resume=True)
-    network, tokenizer = load_model(model)
-    other, control = (
-        None if folder is None or name is None else (load_sae(folder, name, hook), load_beside(name, tokenizer, model))
-        for folder, name in ((other_sae, other_model), (control_sae, control_model))
-    )
-    documents = corpus.load(text, "heldout", text_field)
-    found = run(
-        load_sae(sae, model, hook), network, tokenizer, documents, hook, out, config, other=other, control=control,
-        widths=[load_sae(width) for width in widths],
-    )  # fmt: skip
-    rare = {
-        f"left out: {row['name']}": "{} and {} of the tokens in the two halves: too rare".format(*row["tokens"])
-        for row in found["left_out"]
-    }
-    rare |= {f"without {note['name']}": note["reason"] for note in found["notes"]}
-    return {**found, **rare, "report": str(out / "report.html")}
 
 
 def estimate(

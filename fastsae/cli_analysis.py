@@ -1,9 +1,7 @@
 """The verbs that ask questions of dictionaries: `fastsae match`, `split`, `steer`, `explain`, `serve`."""
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
 
 from fastsae.analysis.explain import ExplainConfig
 from fastsae.analysis.matches import MatchConfig
@@ -17,7 +15,6 @@ from fastsae.lm import MLP_HOOK
 
 try:
     from tyro.conf import OmitArgPrefixes as OnOneLevel
-    from tyro.conf import Positional
 except ImportError:
     raise SystemExit("fastsae: the command line needs tyro and rich: pip install 'fastsae[all]'") from None
 
@@ -171,68 +168,6 @@ def steer(
     options = {name: getattr(config, name) for name in ("tokens", "samples", "temperature", "seed")}
     found = steering.steer(dictionary, network, tokenizer, config.prompts, hook, edits, **options)
     return Steering(edits, found, measured)
-
-
-def serve(
-    report: Annotated[Path, Positional],
-    sae: Path | None = None,
-    model: str | None = None,
-    hook: str | None = None,
-    text: str | None = None,
-    text_field: str = "text",
-    other_sae: Path | None = None,
-    other_model: str | None = None,
-    other_hook: str | None = None,
-    host: str = "127.0.0.1",
-    port: int = 8300,
-    allow_host: tuple[str, ...] = (),
-) -> dict:
-    """Show a report in the browser, with live questions to the model: what fires on a text, what an edit changes.
-
-        fastsae serve out/report
-
-    Model, dictionary and text are those that the report was made of, where they are still in their places; the options
-    name others. Without a model the report is shown and the live parts are off. The API is described at
-    /api/openapi.json. Ctrl-C ends it.
-
-    Args:
-        report: Folder that fastsae analyze or fastsae demo wrote.
-        sae: Folder of the dictionary (the run's folder or its sae/ folder).
-        model: Folder or hub name of the causal LM it was trained on.
-        hook: Module path it was trained on.
-        text: What new proxies are scored on: builtin, a text file, a .jsonl file, a folder of those, or hf:NAME; its
-            held-out documents are used.
-        text_field: Field of a JSONL line or dataset row that holds the text.
-        other_sae: Dictionary to compare with.
-        other_model: The causal LM of that dictionary, with the same tokenizer; left out, the same one.
-        other_hook: Module path of that dictionary; left out, the same one.
-        host: Address to listen on. Whoever can reach it can read the report and use the model.
-        port: Port to listen on; 0 takes a free one.
-        allow_host: Names, besides this machine's own, under which browsers may call the server: of a proxy before it.
-    """
-    from fastsae.dashboard import run
-    from fastsae.dashboard.stored import Stored
-
-    with run.listening(host, port) as socket:
-        stored = Stored(report)
-        inputs = run.Inputs.of_report(report).but(
-            sae=sae, model=model, hook=hook, text=text, text_field=text_field, other_sae=other_sae,
-            other_model=other_model, other_hook=other_hook,
-        )  # fmt: skip
-        live, note = run.open_live(stored, inputs)
-        if note is not None:
-            _say(note if live is None else f"warning: {note}")
-        if not run.is_loopback(host):
-            _say(f"warning: whoever can reach {host} can read this report and use the model: there is no password")
-        address = run.address(socket)
-        _say(f"{address} (Ctrl-C to end)")
-        run.serve(stored, live, note, host, socket, allow_host)
-    return {"served": address}
-
-
-def _say(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
-    sys.stderr.flush()
 
 
 def explain(

@@ -18,6 +18,19 @@ def load_model(name: str) -> tuple[Any, Any]:
     return module.load(name)
 
 
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer alone, of a model's folder or name."""
+    from transformers import AutoTokenizer
+
+    from fastsae.lm import not_loaded
+
+    quiet()
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise FastSAEError(not_loaded(name, error)) from None
+
+
 def load_beside(name: str, tokenizer: Any, model: str) -> Any:
     """The model `name`, to read the same token ids as `model`, whose tokenizer is given.
 
