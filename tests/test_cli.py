@@ -4,7 +4,7 @@ from typing import get_args
 
 import pytest
 
-from fastsae import cli
+from fastsae import cli, cli_report
 
 
 @pytest.mark.parametrize("verb", list(cli.VERBS))
@@ -75,9 +75,9 @@ def test_analyze_passes_controls_and_widths_on(monkeypatch, tmp_path, capsys):
         }
 
     monkeypatch.setattr(fastsae.analysis, "analyze", analyze)
-    monkeypatch.setattr(cli, "load_sae", lambda folder, *_: folder.name)
-    monkeypatch.setattr(cli, "load_model", lambda name: (name, "tokenizer"))
-    monkeypatch.setattr(cli, "load_beside", lambda name, *_: name)
+    monkeypatch.setattr(cli_report, "load_sae", lambda folder, *_: folder.name)
+    monkeypatch.setattr(cli_report, "load_model", lambda name: (name, "tokenizer"))
+    monkeypatch.setattr(cli_report, "load_beside", lambda name, *_: name)
     argv = ["analyze", "--sae", "A", "--model", "M", "--out", str(tmp_path / "out")]
     assert cli.main([*argv, "--control-sae", "C", "--control-model", "S", "--widths", "narrow", "wide"]) == 0
     assert asked == {"other": None, "control": ("C", "S"), "widths": ["narrow", "wide"]}

@@ -34,7 +34,11 @@ TRAIN = "train --store a --out b "
         (EXPLAIN + "--windows", "--windows needs a value; see fastsae explain --help"),
         (EXPLAIN + "extra", "explain has no use for 'extra'; see fastsae explain --help"),
         ("explain --sae a", "explain needs --model and --out; see fastsae explain --help"),
-        ("analyze --sae a", "analyze needs --model and --out; see fastsae analyze --help"),
+        ("analyze --sae a", "analyze needs --out; see fastsae analyze --help"),
+        (
+            "analyze --sae a -o b",
+            "analyze needs the model that the dictionary was trained on: give --model, or --store",
+        ),
         (
             "explain --sae a --out c --windoes 3",
             "explain needs --model, and there is no option --windoes; see fastsae explain --help",
