@@ -64,3 +64,14 @@ def client(folder: Path, live: Any) -> Any:
 
     with TestClient(create_app(folder, live), base_url=LOCAL) as made:
         yield made
+
+
+@pytest.fixture(scope="module")
+def browser() -> Any:
+    from tests.browser_case import CHROMIUM
+
+    api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'fastsae[dev]'")
+    with api.sync_playwright() as p:
+        found = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield found
+        found.close()

@@ -5,7 +5,6 @@ Needs playwright and a chromium on the PATH (apt install chromium); skipped wher
 
 from __future__ import annotations
 
-import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -19,12 +18,12 @@ pytest.importorskip("fastapi")
 from bench import site_case
 from fastsae.dashboard import site
 from fastsae.dashboard.server import create_app
+from tests.browser_case import Reader, needs_chromium, reading
 from tests.test_serve import dense
 
 uvicorn = pytest.importorskip("uvicorn")
-playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'fastsae[dev]'")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium: apt install chromium")
+pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'fastsae[dev]'")
+pytestmark = needs_chromium
 TABS = ("", "/steer", "/proxy", "/compare")
 
 
@@ -44,42 +43,9 @@ def served(folder: Path, live: Any) -> Iterator[str]:
     yield from serving(create_app(folder, live))
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as p:
-        found = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield found
-        found.close()
-
-
-class Reader:
-    """A page, and what it complained of."""
-
-    def __init__(self, browser: Any, address: str, width: int = 1280, **options: Any) -> None:
-        self.context = browser.new_context(viewport={"width": width, "height": 900}, **options)
-        self.page, self.address, self.complaints = self.context.new_page(), address, []
-        self.page.set_default_timeout(15_000)
-        self.page.on("console", lambda m: self.complaints.append(m.text) if m.type in ("error", "warning") else None)
-        self.page.on("pageerror", lambda e: self.complaints.append(str(e)))
-        self.page.on("dialog", lambda d: (self.complaints.append(d.message), d.dismiss()))
-        self.page.on("request", self._ask)
-
-    def _ask(self, request: Any) -> None:
-        if not request.url.startswith((self.address, "data:")):
-            self.complaints.append(f"asked for {request.url}")
-
-    def go(self, route: str) -> Any:
-        self.page.goto(self.address + route)
-        self.page.wait_for_selector("main h1")
-        return self.page
-
-
 @pytest.fixture
 def reader(browser: Any, served: str) -> Iterator[Reader]:
-    made = Reader(browser, served)
-    yield made
-    made.context.close()
-    assert made.complaints == []
+    yield from reading(browser, served)
 
 
 def read(page: Any, text: str) -> None:

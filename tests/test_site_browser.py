@@ -1,12 +1,6 @@
-"""The site in Debian's Chromium, from the disk and from a plain server: what a reader does, and that nothing complains.
+"""The site in Chromium, from the disk and from a plain server: what a reader does, and that nothing complains."""
 
-Needs playwright (in the extra dev) and a chromium on the PATH (apt install chromium); skipped where one is missing.
-"""
-
-import functools
-import http.server
 import shutil
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,21 +11,17 @@ import pytest
 from bench import site_case
 from fastsae.dashboard import data, site
 from fastsae.dashboard.facts import Facts
+from tests import browser_case
+from tests.browser_case import F, Reader, needs_chromium, reading
 
-playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'fastsae[dev]'")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium: apt install chromium")
-
-F = 300
+pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'fastsae[dev]'")
+pytestmark = needs_chromium
 PAGES = ("#/", "#/features", "#/feature/7", "#/feature/49", "#/compare", "#/live", "#/feature/99999", "#/nowhere")
 
 
 @pytest.fixture(scope="module")
 def facts() -> Facts:
-    made = site_case.facts(F)
-    top = made.cards.survey.top
-    top.ids.rows[top.of(7)[0]] = 2 + len(site_case.HOSTILE) + site_case.WORDS.index("قطة")  # all Arabic
-    return made
+    return browser_case.facts()
 
 
 @pytest.fixture(scope="module")
@@ -43,59 +33,12 @@ def report(facts: Facts, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def served(report: Path) -> Iterator[str]:
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(report)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}/index.html"
-    server.shutdown()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as p:
-        found = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield found
-        found.close()
-
-
-class Reader:
-    """A page, and what it complained of."""
-
-    def __init__(self, browser: Any, address: str, width: int = 1280, dark: bool = False, **options: Any) -> None:
-        viewport, scheme = {"width": width, "height": 900}, "dark" if dark else "light"
-        self.context = browser.new_context(viewport=viewport, color_scheme=scheme, **options)
-        self.page, self.address, self.complaints = self.context.new_page(), address, []
-        self.page.on("console", lambda m: self.complaints.append(m.text) if m.type in ("error", "warning") else None)
-        self.page.on("pageerror", lambda e: self.complaints.append(str(e)))
-        self.page.on("dialog", lambda d: (self.complaints.append(d.message), d.dismiss()))
-        self.page.on("request", self._ask)
-
-    def _ask(self, request: Any) -> None:
-        if not request.url.startswith((self.address.rsplit("/", 1)[0], "data:")):
-            self.complaints.append(f"asked for {request.url}")
-
-    def go(self, route: str) -> Any:
-        self.page.goto(self.address + route)
-        self.page.wait_for_selector("main h1")
-        return self.page
-
-    def draw_all(self) -> None:
-        """Scrolls through, as charts are drawn when they come near."""
-        for _ in range(12):
-            self.page.mouse.wheel(0, 700)
-            self.page.wait_for_timeout(60)
-        self.page.wait_for_timeout(300)
+    yield from browser_case.plainly_served(report)
 
 
 @pytest.fixture
 def reader(browser: Any, report: Path) -> Iterator[Reader]:
-    made = Reader(browser, (report / "index.html").as_uri())
-    yield made
-    made.context.close()
-    assert made.complaints == []
+    yield from reading(browser, (report / "index.html").as_uri())
 
 
 @pytest.mark.parametrize("from_disk", [True, False], ids=["disk", "server"])
@@ -185,83 +128,6 @@ def test_the_map_zooms_with_ctrl_and_lets_the_page_scroll_without(reader: Reader
     page.keyboard.up("Control")
     page.wait_for_timeout(200)
     assert canvas.evaluate(pixels) != before
-
-
-def test_search_sort_and_open(reader: Reader, facts: Facts):
-    page = reader.go("#/features")
-    assert page.inner_text("[role=status] >> nth=0") == f"{F} features"
-    assert page.locator(".row").count() < 60  # only those in view
-    page.select_option("#sort", "density")
-    density = facts.cards.density()
-    first = int(page.inner_text(".row .f >> nth=0"))
-    assert density[first] == pytest.approx(density.max(), rel=1e-2)
-    page.click(".heads [data-sort=feature]")
-    assert [page.inner_text(f".row .f >> nth={i}") for i in range(4)] == ["0", "1", "2", "3"]
-    page.fill("#q", "number 27,")
-    assert page.locator(".row .f").all_inner_texts() == ["27", "127", "227"]
-    page.fill("#q", "LINES  number سجادة")  # in any order, and in capitals
-    expected = sum("سجادة" in said for said in data.feature_rows(facts)["explanation"])
-    assert page.inner_text("[role=status] >> nth=0") == f"{expected} of {F} features" and expected
-    page.fill("#q", "شيء غير موجود")
-    assert page.locator(".row").count() == 0 and page.inner_text("[role=status] >> nth=0") == f"0 of {F} features"
-    page.fill("#q", "قطة")  # Arabic, in explanations
-    texts = [data.feature_rows(facts)["explanation"][f] for f in range(F)]
-    tokens = data.feature_rows(facts)["token"]
-    expected = sum("قطة" in text or "قطة" in token for text, token in zip(texts, tokens, strict=True))
-    assert page.inner_text("[role=status] >> nth=0") == f"{expected} of {F} features"
-    page.fill("#q", "27")
-    assert page.inner_text(".row .f >> nth=0") == "27"  # the number itself first
-    page.click(".row a >> nth=0")
-    page.wait_for_selector("h1:has-text('Feature 27')")
-    page.go_back()
-    page.wait_for_selector("h1:has-text('Features')")
-    assert page.input_value("#q") == "27"
-
-
-def test_the_list_by_keys_and_to_its_end(reader: Reader):
-    page = reader.go("#/features?sort=feature&down=0")
-    page.focus(".scroller")
-    page.keyboard.press("End")
-    page.wait_for_selector(f".row.focused:has-text('{F - 1}')")
-    page.keyboard.press("ArrowUp")
-    page.keyboard.press("Enter")
-    page.wait_for_selector(f"h1:has-text('Feature {F - 2}')")
-
-
-def test_a_screen_reader_is_told_which_row_the_arrow_keys_reach(reader: Reader):
-    page = reader.go("#/features?sort=feature&down=0")
-    page.focus(".scroller")
-    here = "document.getElementById(document.querySelector('.scroller').getAttribute('aria-activedescendant'))"
-    for key, row in (("ArrowDown", 1), ("ArrowDown", 2), ("End", F - 1), ("ArrowUp", F - 2)):
-        page.keyboard.press(key)
-        page.wait_for_selector(f".row.focused:has-text('{row}')")
-        found = page.evaluate(f"(it => [it.role, it.ariaSelected, it.ariaPosInSet, it.href])({here})")
-        assert found[:3] == ["option", "true", str(row + 1)] and found[3].endswith(f"#/feature/{row}")
-        assert page.locator("[aria-selected]").count() == 1
-    page.evaluate("document.querySelector('.scroller').scrollTop = 0")
-    page.wait_for_selector(".scroller:not([aria-activedescendant])")  # its row is no element now
-
-
-def test_who_goes_back_to_the_list_finds_it_as_it_was(reader: Reader):
-    page = reader.go("#/features?sort=feature&down=0")
-    page.fill("#q", "number")
-    page.evaluate("document.querySelector('.scroller').scrollTop = 4000")
-    row = page.locator(".row a", has_text="number 95,")
-    row.click()
-    page.wait_for_selector("h1:has-text('Feature 95')")
-    page.go_back()
-    page.wait_for_selector("h1:has-text('Features')")
-    assert page.evaluate("document.querySelector('.scroller').scrollTop") == 4000 and row.is_visible()
-    assert page.input_value("#q") == "number" and page.input_value("#sort") == "feature"
-    page.focus(".scroller")
-    page.keyboard.press("End")
-    page.keyboard.press("Enter")
-    page.wait_for_selector(f"h1:has-text('Feature {F - 1}')")
-    page.go_back()
-    page.wait_for_selector(f".scroller:focus .row.focused:has-text('{F - 1}')")  # the keys go on from there
-    page.goto(reader.address + "#/features?sort=feature")
-    page.wait_for_selector(f".row:has-text('{F - 1}')")
-    assert page.evaluate("document.querySelector('.scroller').scrollTop") == 0  # a visit of its own
 
 
 def test_a_feature_shows_the_card(reader: Reader, facts: Facts):
