@@ -54,9 +54,8 @@ def test_sizes_and_memory_can_be(rows):
 def test_everything_is_timed_from_the_server_and_from_the_disk(rows):
     for origin in ("server", "disk"):
         assert {op for op, where in rows if where == origin and not op.startswith("API")} == FROM_BOTH
-        assert rows["first paint", origin]["median"] <= rows["overview", origin]["median"]
         assert (rows["feature page", origin]["n"], rows["sort", origin]["n"]) == (3, 6)
-        assert 1 < rows["heap", origin]["before"] < rows["heap", origin]["worst"] < 200
+        assert 1 < rows["heap", origin]["before"] < 200 and 1 < rows["heap", origin]["worst"] < 200
     times = [row for row in rows.values() if row["unit"] == "ms"]
     assert all(0.1 < row["median"] <= row["worst"] < 60_000 for row in times)
     assert {op for op, _ in rows if op.startswith("API")} == {"API, list", "API, card", "API, comparison", "API, proxy"}

@@ -125,8 +125,12 @@ def test_the_rate_limit_holds():
 def test_ctrl_c_stops_the_threads_and_keeps_what_is_done(pairs, tmp_path):
     many = [tuple(dataclasses.replace(half, feature=k) for half in pair) for k, pair in enumerate(pairs * 5)]
     with serving(delay=0.03) as server:
-        timer = threading.Timer(1.5, signal.raise_signal, (signal.SIGINT,))
-        timer.start()
+        def stop() -> None:
+            while len(server.seen) < 20:
+                time.sleep(0.01)
+            signal.raise_signal(signal.SIGINT)
+
+        threading.Thread(target=stop, daemon=True).start()
         with pytest.raises(KeyboardInterrupt):
             features(many, config(server.url), tmp_path)
         stopped = len(server.seen)

@@ -144,7 +144,11 @@ def test_a_map_puts_clusters_of_directions_apart(tmp_path):
         for kind, s in zip(kinds, scale, strict=True)
     ]
     keep = [torch.arange(40) >= 4, torch.arange(80) >= 4]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # umap's numba would set all that there are
     found = map_of(rows, keep, seed=1)
+    assert torch.get_num_threads() == 1
+    torch.set_num_threads(threads)
     kind = torch.cat([k[m] for k, m in zip(kinds, keep, strict=True)]).numpy()
     assert found.points.shape == (112, 2) and found.layer.tolist() == [0] * 36 + [1] * 76
     assert found.feature[:2].tolist() == [4, 5] and found.feature[36] == 4

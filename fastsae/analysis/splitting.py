@@ -215,21 +215,24 @@ def map_of(
     rows = torch.cat([rows.detach().float().cpu()[n] for rows, n in zip(decoders, numbers, strict=True)]).numpy()
     if len(rows) < 4:
         raise FastSAEError(f"expected at least 4 features to map, got {len(rows)}: read more text or keep more")
+    threads = torch.get_num_threads()
     try:
         import umap
         from sklearn.cluster import HDBSCAN
+
+        points = umap.UMAP(
+            n_neighbors=min(neighbors, len(rows) - 1),
+            min_dist=min_dist,
+            metric="cosine",
+            # The spectral start solves for more vectors than few rows have.
+            init="spectral" if len(rows) > 50 else "random",
+            random_state=seed,
+            n_jobs=1,
+        ).fit_transform(rows)
     except ImportError:
         raise MissingDependencyError("maps need umap-learn and scikit-learn: pip install 'fastsae[all]'") from None
-    points = umap.UMAP(
-        n_neighbors=min(neighbors, len(rows) - 1),
-        min_dist=min_dist,
-        metric="cosine",
-        init="spectral"
-        if len(rows) > 50
-        else "random",  # the spectral start solves for more vectors than few rows have
-        random_state=seed,
-        n_jobs=1,
-    ).fit_transform(rows)
+    finally:
+        torch.set_num_threads(threads)  # numba, on which umap runs, sets them to all there are
     points = np.asarray(points, dtype=np.float32)
     size = max(2, min(min_cluster, len(rows) // 2))
     unchanged: Any = True  # scikit-learn's own annotation allows the word "warn" alone
