@@ -33,6 +33,8 @@
   });
 
   addEventListener("hashchange", show);
+  const first = /^#\/feature\/(\d{1,9})$/.exec(location.hash);
+  if (first) fastsae.card(Number(first[1])).catch(() => null);  // on its way while the live parts load
   const ready = fastsae.server ? script("assets/live.js").catch(() => null) : Promise.resolve();
   ready.then(() => load("overview")).then((overview) => {
     if (!overview.has.match && !fastsae.server) document.querySelector('nav a[href="#/compare"]').hidden = true;
