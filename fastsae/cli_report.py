@@ -3,11 +3,11 @@
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastsae.analysis import AnalyzeConfig
 from fastsae.errors import FastSAEError
-from fastsae.files import claim_folder
+from fastsae.files import claim_folder, seen_from
 from fastsae.inputs import load_beside, load_model, load_sae, load_tokenizer
 from fastsae.lm import MLP_HOOK
 
@@ -63,12 +63,13 @@ def analyze(
         return _of_store(sae, store, out, config, model, text, text_field)
     if model is None:
         raise FastSAEError("analyze needs the model that the dictionary was trained on: give --model, or --store")
-    given = {"sae": sae, "model": model, "hook": hook, "text": text, "other_sae": other_sae, "other_model": other_model}
-    more = {"control_sae": control_sae, "control_model": control_model, "widths": [str(width) for width in widths]}
-    given |= {name: value for name, value in more.items() if value}
-    for name in ("other", "control"):
-        if (given.get(f"{name}_sae") is None) != (given.get(f"{name}_model") is None):
+    for name, one, both in (("other", other_sae, other_model), ("control", control_sae, control_model)):
+        if (one is None) != (both is None):
             raise FastSAEError(f"{name}_sae and {name}_model go together, got one of them")
+    paths = {"sae": sae, "model": model, "text": text, "other_sae": other_sae, "other_model": other_model}
+    paths |= {"control_sae": control_sae, "control_model": control_model}
+    given: dict[str, Any] = {name: seen_from(out, path) for name, path in paths.items() if path is not None}
+    given |= {"hook": hook, "text_field": text_field, "widths": [seen_from(out, width) for width in widths]}
     claim_folder(out, "analysis", {**given, "analyze": asdict(config)}, resume=True)
     network, tokenizer = load_model(model)
     other, control = (
@@ -81,7 +82,8 @@ def analyze(
         widths=[load_sae(width) for width in widths],
     )  # fmt: skip
     without = {f"without {note['name']}": note["reason"] for note in found["notes"]}
-    return {**found, **_rare(found), **without, "report": str(out / "report.html")}
+    pages = {"site": str(out / "index.html"), "report": str(out / "report.html")}
+    return {**found, **_rare(found), **without, **pages}
 
 def _rare(found: dict) -> dict:
     return {
@@ -101,12 +103,14 @@ def _of_store(
     name, hook = model or store.meta.get("model"), store.meta.get("hook")
     if not name or not hook:
         raise FastSAEError(f"{folder} does not say what it was harvested from: use analyze_store from Python")
-    given = {"sae": sae, "store": folder, "model": name, "hook": hook, "text": text, "logits": model is not None}
+    paths = {"sae": sae, "store": folder, "model": name, "text": text}
+    given: dict[str, Any] = {key: seen_from(out, path) for key, path in paths.items()}
+    given |= {"hook": hook, "text_field": text_field, "logits": model is not None}
     claim_folder(out, "analysis", {**given, "analyze": asdict(config)}, resume=True)
     network, tokenizer = (None, load_tokenizer(name)) if model is None else load_model(name)
     documents = corpus.load(text, "train", text_field)
     found = analyze_store(load_sae(sae, name, hook), store, tokenizer, documents, out, config, model=network)
-    return {**found, **_rare(found), "report": str(out / "index.html")}
+    return {**found, **_rare(found), "site": str(out / "index.html")}
 
 
 def serve(
@@ -115,7 +119,7 @@ def serve(
     model: str | None = None,
     hook: str | None = None,
     text: str | None = None,
-    text_field: str = "text",
+    text_field: str | None = None,
     other_sae: Path | None = None,
     other_model: str | None = None,
     other_hook: str | None = None,

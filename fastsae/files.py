@@ -85,6 +85,23 @@ def claim_folder(folder: Path, kind: str, config: dict, resume: bool) -> None:
     write_json(marker, wanted)
 
 
+def seen_from(folder: Path, name: str | Path) -> str:
+    """A path as it is seen from a folder, which a run notes so that whoever opens the folder finds it from anywhere; a
+    name that is no path here (of a model on the hub, builtin) as it is."""
+    if not Path(name).exists():
+        return str(name)
+    try:
+        return os.path.relpath(Path(name).resolve(), folder.resolve())
+    except ValueError:  # on another drive
+        return str(Path(name).resolve())
+
+
+def found_from(folder: Path, name: str) -> str:
+    """The other way: what `seen_from` noted, as a path from here."""
+    there = folder / name
+    return str(there.resolve()) if there.exists() else name
+
+
 def _difference(there: Any, wanted: Any, at: str = "") -> str:
     if isinstance(there, dict) and isinstance(wanted, dict):
         for key in [*there, *wanted]:

@@ -110,6 +110,7 @@ def _intro(results: dict) -> str:
     links = " ".join(f"<a href='#{_id(row)}'>{escape(row['name'])}</a>" for row in results["categories"])
     links += "".join(f" <a href='#f-{row['feature']}'>feature {row['feature']}</a>" for row in results.get("features") or [])
     return (
+        "<p><a href='index.html'>← All features</a></p>"
         f"<h1>Features found at <code>{escape(results['hook'])}</code></h1>"
         f"<p>A sparse autoencoder with {results['d_sae']:,} features was trained on the {results['d_in']:,} activations of "
         "this module. For every category of text below, the feature that follows it best was picked on one half of the "
@@ -158,6 +159,7 @@ QUALITY = [
     ("LM: parameters", "lm", "parameters", ",.0f", ""),
     ("LM: tokens seen", "lm", "tokens", ",.0f", ""),
     ("SAE: tokens seen", "train", "tokens", ",.0f", ""),
+    ("SAE: held-out tokens on which the following is measured", "eval", "tokens", ",.0f", ""),
     ("SAE: L0, features active per token", "eval", "l0", ".1f", "4.9"),
     ("SAE: FVE, variance explained", "eval", "fve", ".1%", ""),
     ("SAE: normalised MSE, ‖x − x̂‖² over ‖x‖²", "eval", "nmse", ".3f", ""),

@@ -1,9 +1,11 @@
 """Folders belong to one run."""
 
+from pathlib import Path
+
 import pytest
 
 from fastsae.errors import FastSAEError
-from fastsae.files import claim_folder, read_torch, write_torch
+from fastsae.files import claim_folder, found_from, read_torch, seen_from, write_torch
 
 
 def test_a_folder_belongs_to_one_run(tmp_path):
@@ -44,3 +46,14 @@ def test_a_damaged_mark_is_said(tmp_path):
     (tmp_path / "run" / "run.json").write_text("{")
     with pytest.raises(FastSAEError, match="run.json is damaged"):
         claim_folder(tmp_path / "run", "lm", {}, resume=True)
+
+
+def test_a_path_is_found_from_wherever_the_folder_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sae").mkdir()
+    (tmp_path / "runs" / "report").mkdir(parents=True)
+    noted = seen_from(Path("runs/report"), "sae")
+    assert noted == "../../sae" and seen_from(Path("runs/report"), "gpt2") == "gpt2"
+    monkeypatch.chdir("/")
+    assert found_from(tmp_path / "runs" / "report", noted) == str((tmp_path / "sae").resolve())
+    assert found_from(tmp_path / "runs" / "report", "gpt2") == "gpt2"

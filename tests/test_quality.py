@@ -49,6 +49,7 @@ def test_where_there_is_none_nothing_is_split_off():
         "decades of density apart": features(150, apart=0.5),
         "rare, not ultra-low": features(150, alike=True, seed=1),
         "5 live features are too few": (d[:5], b[:5], c[:5]),
+        "fires on 0.003 of the tokens": (features(150)[0] * 1e4, *features(150)[1:]),
     }
     for why, columns in cases.items():
         found = ultra_low(*columns)

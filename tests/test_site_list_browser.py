@@ -107,3 +107,16 @@ def test_who_goes_back_to_the_list_finds_it_as_it_was(reader: Reader):
     page.goto(reader.address + "#/features?sort=feature")
     page.wait_for_selector(f".row:has-text('{F - 1}')")
     assert page.evaluate("document.querySelector('.scroller').scrollTop") == 0  # a visit of its own
+
+
+def test_a_search_that_finds_nothing_says_where_it_looked(reader: Reader):
+    page = reader.go("#/features?q=" + "nowhere")
+    assert page.locator(".row").count() == 0
+    assert "not examples" in page.inner_text(".scroller + .note")
+    page.fill("#q", "")
+    assert not page.is_visible(".scroller + .note")
+    for asked in ("27", "feature 27", "#27"):
+        page.fill("#jump input", asked)
+        page.press("#jump input", "Enter")
+        page.wait_for_selector("h1:text-is('Feature 27')")
+        page = reader.go("#/features")

@@ -73,27 +73,32 @@ def test_other_text_and_features_are_refused(given: dict[str, Any], tmp_path: Pa
         analyze_store(sae, store, tokenizer, TEXTS, tmp_path / "b", AnalyzeConfig(features=(3,)), show_progress=False)
 
 
-def test_from_the_command_line(given: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_from_the_command_line(
+    given: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):  # fmt: skip
+    monkeypatch.chdir(tmp_path)
     model, tokenizer = given["model"], given["tokenizer"]
     model.save_pretrained(tmp_path / "lm")
     tokenizer.save_pretrained(tmp_path / "lm")
     given["sae"].save_pretrained(tmp_path / "sae")
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents(120)))
-    options = {"model": tmp_path / "lm", "hook": HOOK, "text": tmp_path / "text.jsonl", "out": tmp_path / "store"}
+    options = {"model": "lm", "hook": HOOK, "text": "text.jsonl", "out": "store"}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     assert cli.main(["harvest", *words, "--context", "24"]) == 0
-    argv = ["analyze", "--sae", str(tmp_path / "sae"), "--store", str(tmp_path / "store"), "-o", str(tmp_path / "out")]
+    argv = ["analyze", "--sae", "sae", "--store", "store", "-o", "out"]
     argv += ["--categories", "Arabic", "Thai", "--explain-features", "2", "--explain-up-to", "3"]
     capsys.readouterr()
-    assert cli.main([*argv, "--text", str(tmp_path / "text.jsonl")]) == 0
+    assert cli.main([*argv, "--text", "text.jsonl"]) == 0
     assert "left out: Thai" in capsys.readouterr().out
     overview = site.read_overview(tmp_path / "out")
     assert overview["of_store"] and overview["tokens"] == fastsae.ActivationStore(tmp_path / "store").count
-    # The server finds the model that the store was harvested from.
+    # The server finds the model that the store was harvested from, wherever it is started.
+    monkeypatch.chdir("/")
     live, note = run.open_live(Stored(tmp_path / "out"), run.Inputs.of_report(tmp_path / "out"))
     assert live is not None and note is None and live.source.hook == HOOK
-    assert cli.main([*argv, "--widths", str(tmp_path / "sae")]) == 2
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*argv, "--widths", "sae"]) == 2
     assert "widths needs the model to be run" in capsys.readouterr().err
-    argv[argv.index("-o") + 1] = str(tmp_path / "other")
+    argv[argv.index("-o") + 1] = "other"
     assert cli.main(argv) == 2  # not the text that was harvested
     assert "give the text and the tokenizer" in capsys.readouterr().err or "given" in capsys.readouterr().err

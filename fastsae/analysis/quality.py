@@ -19,6 +19,7 @@ from fastsae.synthetic import Recovery, recovery
 
 _BLOCK = 1024  # decoder rows compared at once: [1024, F] cosines
 _COSINE_BINS = 40  # of width 0.05 from −1 to 1
+_RARE = -3.0  # log10 of the density above which nothing is ultra-low
 _LEAST = 20  # live features, below which no mixture is fitted
 
 
@@ -113,10 +114,12 @@ def ultra_low(density: Tensor, bias: Tensor, alignment: Tensor, seed: int = 0) -
     encoder bias and enc·dec cosine, [F] each; dead features (density 0) are in neither cluster.
 
     A mixture of two Gaussians is fitted to (log10 density, bias, cosine), each divided by its standard deviation. The
-    component of lower density is an ultra-low cluster where all of this holds: two components explain the data better
-    than one (Bayesian information criterion); their mean densities are a factor of 10 apart or more, and by Ashman's D
-    = |μ₁ − μ₂| √2 / √(σ₁² + σ₂²) > 2 in log density, apart clearly; and its mean cosine is lower, or its
-    mean bias different, by a standard deviation of the healthy ones' or more. Otherwise there is none; `why` says why.
+    component of lower density is an ultra-low cluster where all of this holds: its mean density is below 1e-3; two
+    components explain the data better than one (Bayesian information criterion); their mean densities are a factor of
+    10 apart or more, and by Ashman's D = |μ₁ − μ₂| √2 / √(σ₁² + σ₂²) > 2 in log density, apart clearly; and its mean
+    cosine is lower, or its mean bias different, by a standard deviation of the healthy ones' or more. Otherwise there
+    is none; `why` says why.
+    Its members are those of the component whose density is nearer to its mean than to the other's.
 
     Densities below 1 / tokens read as 0: on few tokens an ultra-low cluster (near 1e-7 in the paper) looks dead.
     """
@@ -142,7 +145,8 @@ def ultra_low(density: Tensor, bias: Tensor, alignment: Tensor, seed: int = 0) -
     why = _no_cluster(parts[low], parts[1 - low], one.bic(points) - two.bic(points))
     if why:
         return UltraLow(members, False, why, None)
-    members[live[torch.from_numpy(label == low)]] = True
+    middle = (parts[low][:, 0].mean() + parts[1 - low][:, 0].mean()) / 2
+    members[live[torch.from_numpy((label == low) & (table[:, 0] < middle))]] = True
     means = tuple(tuple(float(v) for v in part.mean(0)) for part in (parts[low], parts[1 - low]))
     gap = means[1][0] - means[0][0]
     return UltraLow(members, True, f"two clusters, {gap:.1f} decades of density apart", (means[0], means[1]))
@@ -157,6 +161,8 @@ def _no_cluster(low: np.ndarray, healthy: np.ndarray, gain: float) -> str:
         return "one cluster: two Gaussians explain the features no better than one"
     if gap < 1 or ashman <= 2:
         return f"one cluster: two parts lie {gap:.1f} decades of density apart, with Ashman's D = {ashman:.1f}"
+    if means[0][0] > _RARE:
+        return f"two clusters, but the rarer fires on {10 ** means[0][0]:.1g} of the tokens: not ultra-low"
     if means[1][2] - means[0][2] < spreads[1][2] and abs(means[0][1] - means[1][1]) < spreads[1][1]:
         return "two densities, but the rare features' bias and enc·dec are those of the others: rare, not ultra-low"
     return ""

@@ -19,7 +19,7 @@ from fastsae.dashboard.guard import LOOPBACK
 from fastsae.dashboard.live import Live
 from fastsae.dashboard.stored import Stored
 from fastsae.errors import FastSAEError, MissingDependencyError
-from fastsae.files import RUN_FILE
+from fastsae.files import RUN_FILE, found_from
 from fastsae.lm import MLP_HOOK
 
 
@@ -52,9 +52,10 @@ class Inputs:
             return replace(a, hook=MLP_HOOK, text="builtin", other_sae=b.sae, other_model=b.model)
         if run.get("kind") != "analysis":
             return cls()
-        paths = {name: Path(run[name]) for name in ("sae", "other_sae") if isinstance(run.get(name), str)}
-        names = ("model", "hook", "text", "other_model")
-        return cls(**paths, **{name: run[name] for name in names if isinstance(run.get(name), str)})
+        paths = ("sae", "other_sae", "model", "other_model", "text")
+        told: dict[str, Any] = {name: found_from(report, run[name]) for name in paths if isinstance(run.get(name), str)}
+        told |= {name: run[name] for name in ("hook", "text_field") if isinstance(run.get(name), str)}
+        return cls(**told | {name: Path(told[name]) for name in ("sae", "other_sae") if name in told})
 
     def but(self, **options: Any) -> Inputs:
         """The same with the options that are not None. Raises FastSAEError for a dictionary without a model."""

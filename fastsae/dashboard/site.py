@@ -57,6 +57,7 @@ def write_site(out: str | Path, facts: Facts, *, show_progress: bool = True) -> 
         "splitting": writer.splitting(data.splitting(facts)),
     }
     about = {"format": FORMAT, "version": VERSION, "cards": starts, "parts": parts}
+    about["report"] = (out / "report.html").exists()
     writer.put("overview", data.overview(facts) | {"about": about})
     return _write_static(out)
 

@@ -18,7 +18,8 @@
   document.getElementById("jump").addEventListener("submit", (event) => {
     event.preventDefault();
     const wanted = event.target.elements.q.value.trim();
-    location.hash = /^\d+$/.test(wanted) ? `#/feature/${Number(wanted)}` : `#/features?q=${encodeURIComponent(wanted)}`;
+    const number = /^(?:feature\s*)?#?(\d+)$/i.exec(wanted);
+    location.hash = number ? `#/feature/${Number(number[1])}` : `#/features?q=${encodeURIComponent(wanted)}`;
   });
 
   document.querySelector(".skip").addEventListener("click", (event) => {
@@ -28,8 +29,8 @@
 
   page("live", (main) => {
     main.append(h("h1", null, "Live"),
-      h("p", { class: "note" }, "Questions to the model need the model. This is a folder of files; start the server for it:"),
-      h("pre", null, h("code", null, "fastsae serve report/ --sae runs/sae --model MODEL")));
+      h("p", { class: "note" }, "Questions to the model need the model. This is a folder of files; start the server on it:"),
+      h("pre", null, h("code", null, "fastsae serve report/")));
   });
 
   addEventListener("hashchange", show);

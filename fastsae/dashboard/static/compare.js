@@ -6,7 +6,8 @@ fastsae.page("compare", async (main) => {
   const it = await columns("compare");
   main.append(h("h1", null, "In the other run"));
   if (!it) {
-    main.append(h("p", { class: "note" }, "This report was made without a second dictionary. Give analyze another run, or ask the live server to compare two."));
+    main.append(h("p", { class: "note" }, "This report was made without a second dictionary. Give analyze another run (--other-sae)",
+      fastsae.server ? [", or compare two under ", h("a", { href: "#/live/compare" }, "Live"), "."] : "."));
     return;
   }
   const live = it.pearson.filter((r) => r !== null);

@@ -70,7 +70,7 @@ fastsae.page("feature", async (main, argument, _query, current) => {
       it.neurons && block("Nearest neurons, over all tokens", list(it.neurons, ([n, r]) => [`neuron ${n}`, ["r ", fixed(r)]])),
       it.similar && block("Similar decoder rows", list(it.similar, ([g, c]) => [link(g, `feature ${g}`), ["cos ", fixed(c)]])),
       it.cofiring?.length ? block("Fires together with", list(it.cofiring, ([g, n, j]) => [link(g, `feature ${g}`), `${count(n)} tokens · Jaccard ${fixed(j)}`])) : null,
-      it.splitting && (it.splitting.parents.length || it.splitting.children.length) ? block("Splitting",
+      it.splitting && (it.splitting.parents.length || it.splitting.children.length) ? block("Splitting, cosine of activations",
         it.splitting.parents.length ? list(it.splitting.parents.slice(0, 8), ([g, r]) => [`parent ${g} of ${count(it.splitting.narrower)}`, ["cos ", fixed(r)]]) : null,
         it.splitting.children.length ? list(it.splitting.children.slice(0, 8), ([g, r]) => [`child ${g} of ${count(it.splitting.wider)}`, ["cos ", fixed(r)]]) : null) : null,
       it.notes?.length ? block("Left out or estimated", it.notes.map((note) => h("p", null, note))) : null,

@@ -42,6 +42,8 @@ fastsae.page("features", async (main, _argument, query, current) => {
     : h("span", { class: style }, text)));
   if (!has.logits) main.classList.add("no-token");
   if (!has.match) main.classList.add("no-match");
+  const nothing = h("p", { class: "note", hidden: true },
+    "No feature: searched are numbers, explanations, the token that each makes likelier and its category, not examples.");
   const frame = h("div", { class: "scroller", tabindex: 0, role: "listbox", "aria-label": "Features; arrow keys move, Enter opens" }, body);
   main.append(
     h("h1", null, "Features"),
@@ -51,7 +53,7 @@ fastsae.page("features", async (main, _argument, query, current) => {
       proxies.length ? h("div", null, h("label", { for: "proxy" }, "Closest to"), only) : null,
       state.cluster && h("a", { class: "tag", href: "#/features" }, `cluster ${state.cluster} ✕`)),
     !forgotten ? "" : h("p", { class: "note" }, "There are no scores of ", h("bdi", null, cut(forgotten, 60)), " here any more: ask for them again under ", h("a", { href: "#/live/proxy" }, "Live"), "."),
-    found, head, frame);
+    found, head, frame, nothing);
 
   search.addEventListener("input", () => { state.q = search.value; update(); });
   sort.addEventListener("change", () => { state.sort = sort.value; state.down = orders[state.sort].down; update(); });
@@ -117,6 +119,7 @@ fastsae.page("features", async (main, _argument, query, current) => {
     way.textContent = state.down ? "↓ high first" : "↑ low first";
     found.textContent = (rows.length === F ? `${count(F)} features` : `${count(rows.length)} of ${count(F)} features`)
       + (scores.has(state.sort) ? `; r with ${cut(scores.get(state.sort).name, 60)}, on all text that was read for it` : "");
+    nothing.hidden = rows.length > 0;
     body.style.height = `${rows.length * height}px`;
     range = "";
     if (changed) {

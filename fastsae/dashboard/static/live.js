@@ -364,10 +364,13 @@
     return undefined;
   });
 
-  // A feature's page leads to its edits. "shown" does not bubble, but is seen on its way down.
-  document.addEventListener("shown", (event) => {
+  // A feature's page leads to its edits, where there is a model. "shown" does not bubble, but is seen on its way down.
+  let model = null;
+  document.addEventListener("shown", async (event) => {
     const here = /^#\/feature\/(\d{1,9})$/.exec(location.hash);
     const title = here && event.target.querySelector("h1");
-    if (title) title.after(h("p", null, h("a", { href: `#/live/steer?features=${Number(here[1])}` }, "Pin it or switch it off")));
+    if (!title || Number(here[1]) >= (await fastsae.load("overview")).d_sae) return;
+    model ??= ask("status").catch(() => null);
+    if ((await model)?.live) title.after(h("p", null, h("a", { href: `#/live/steer?features=${Number(here[1])}` }, "Pin it or switch it off")));
   }, true);
 })();

@@ -211,7 +211,8 @@ fastsae.map = () => {
     about.textContent = `${fastsae.count(mine.filter(Boolean).length)} features, ${fastsae.count(sizes.size)} clusters`
       + (mine.every(Boolean) ? "." : "; features of the other widths are drawn fainter.");
     place.querySelector(".clusters").replaceChildren(...largest.flatMap(([c, n]) =>
-      [h("a", { class: "tag", href: `#/features?cluster=${c}` }, swatch(hues[c % hues.length]), `${named(c)}: ${fastsae.count(n)}`), " "]));
+      [h("a", { class: "tag", href: `#/features?cluster=${c}` }, swatch(hues[c % hues.length]), `${named(c)}: ${fastsae.count(n)}`), " "]),
+      sizes.size > largest.length ? h("span", { class: "soft" }, `and ${fastsae.count(sizes.size - largest.length)} smaller ones`) : "");
   }
 
   return place;

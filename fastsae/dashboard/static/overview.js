@@ -11,7 +11,8 @@ fastsae.page("overview", async (main) => {
       it.of_store ? " of a store, on which the dictionary may have been trained. " : " that no part was trained on. ",
       `${count(live)} features fired at least once`, it.dead ? `, ${count(it.dead)} never did.` : "."),
     h("p", null, h("a", { class: "button", href: "#/features" }, "All features"), " ",
-      h("a", { class: "button", href: `#/feature/${Math.floor(Math.random() * it.d_sae)}` }, "One at random")),
+      h("a", { class: "button", href: `#/feature/${Math.floor(Math.random() * it.d_sae)}` }, "One at random"),
+      it.about.report ? [" ", h("a", { class: "button", href: "report.html" }, "The categories in detail")] : ""),
   );
   main.append(
     two(
