@@ -55,7 +55,10 @@ class Inputs:
         paths = ("sae", "other_sae", "model", "other_model", "text")
         told: dict[str, Any] = {name: found_from(report, run[name]) for name in paths if isinstance(run.get(name), str)}
         told |= {name: run[name] for name in ("hook", "text_field") if isinstance(run.get(name), str)}
-        return cls(**told | {name: Path(told[name]) for name in ("sae", "other_sae") if name in told})
+        for name in ("sae", "other_sae"):
+            if name in told:
+                told[name] = Path(told[name])
+        return cls(**told)
 
     def but(self, **options: Any) -> Inputs:
         """The same with the options that are not None. Raises FastSAEError for a dictionary without a model."""
