@@ -47,7 +47,7 @@ def test_what_stays_is_counted_to_the_byte(options) -> None:
 
 
 def test_the_table_of_wide_dictionaries() -> None:
-    """shared/kernels.md §1, without a gradient buffer: GiB of parameters and state at D = 4096, F = 2²⁰."""
+    """Counted by hand, without a gradient buffer: GiB of parameters and state at D = 4096, F = 2²⁰."""
     wide: dict[str, Any] = {"d_in": 4096, "d_sae": 2**20}
     cases = {112: {"dtype": "bfloat16"}, 32: {**SR, "state": "8bit"}, 24: {**SR, "state": "8bit", "beta1": 0.0},
              16: {**SR, "state": "rowwise", "beta1": 0.0}}  # fmt: skip
