@@ -1,7 +1,9 @@
 """Explaining through an endpoint: the whole protocol with a server that knows the answer, and every way it can fail."""
 
 import dataclasses
+import gc
 import json
+import os
 import signal
 import socket
 import threading
@@ -124,19 +126,26 @@ def test_the_rate_limit_holds():
 
 def test_ctrl_c_stops_the_threads_and_keeps_what_is_done(pairs, tmp_path):
     many = [tuple(dataclasses.replace(half, feature=k) for half in pair) for k, pair in enumerate(pairs * 5)]
+    over = threading.Event()
     with serving(delay=0.03) as server:
-        def stop() -> None:
-            while len(server.seen) < 20:
-                time.sleep(0.01)
-            while not raised.is_set():  # hypothesis has a callback of the garbage collector, which may swallow one
-                signal.raise_signal(signal.SIGINT)
-                raised.wait(2)
 
-        raised = threading.Event()
-        threading.Thread(target=stop, daemon=True).start()
-        with pytest.raises(KeyboardInterrupt):
-            features(many, config(server.url), tmp_path)
-        raised.set()
+        def stop() -> None:
+            while len(server.seen) < 20 and not over.wait(0.01):
+                pass
+            while not over.is_set():
+                os.kill(os.getpid(), signal.SIGINT)
+                over.wait(1)
+
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        gc.disable()  # what is raised in its callbacks, of which hypothesis has one, is lost
+        try:
+            threading.Thread(target=stop, daemon=True).start()
+            with pytest.raises(KeyboardInterrupt):
+                features(many, config(server.url), tmp_path)
+        finally:
+            over.set()
+            gc.enable()
+            signal.signal(signal.SIGINT, before)
         stopped = len(server.seen)
         time.sleep(0.3)
         assert len(server.seen) == stopped, "no request is sent after Ctrl-C"
