@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import functools
 import http.server
-import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +14,10 @@ from typing import Any
 import pytest
 
 from bench import site_case
+from bench.browse import missing
 from fastsae.dashboard.facts import Facts
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium: apt install chromium")
+needs_chromium = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 F = 300
 
 

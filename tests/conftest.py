@@ -68,10 +68,33 @@ def client(folder: Path, live: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def browser() -> Any:
-    from tests.browser_case import CHROMIUM
+    from bench.browse import started
 
-    api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'fastsae[dev]'")
-    with api.sync_playwright() as p:
-        found = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with started() as found:
         yield found
-        found.close()
+
+
+@pytest.fixture(scope="session")
+def facts() -> Any:
+    """What the site of the browser's tests shows; not to be changed."""
+    from tests import browser_case
+
+    return browser_case.facts()
+
+
+@pytest.fixture(scope="session")
+def report(facts: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That site, which tests may read and not change."""
+    from fastsae.dashboard.site import write_site
+
+    out = tmp_path_factory.mktemp("report with a space")
+    write_site(out, facts, show_progress=False)
+    return out
+
+
+@pytest.fixture
+def reader(browser: Any, report: Path) -> Any:
+    """Of that site, from the disk."""
+    from tests.browser_case import reading
+
+    yield from reading(browser, (report / "index.html").as_uri())

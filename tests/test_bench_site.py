@@ -20,10 +20,9 @@ FROM_BOTH = {
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("playwright", reason="needs playwright: pip install 'fastsae[dev]'")
     pytest.importorskip("fastapi")
-    if browse.chromium() is None:
-        pytest.skip("needs chromium: apt install chromium")
+    if lack := browse.missing():
+        pytest.skip(lack)
     made, room = tmp_path_factory.mktemp("results"), tmp_path_factory.mktemp("site")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(site, "HEAP_PAGES", 4)

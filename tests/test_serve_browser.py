@@ -22,7 +22,6 @@ from tests.browser_case import Reader, needs_chromium, reading
 from tests.test_serve import dense
 
 uvicorn = pytest.importorskip("uvicorn")
-pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'fastsae[dev]'")
 pytestmark = needs_chromium
 TABS = ("", "/steer", "/proxy", "/compare")
 

@@ -3,7 +3,6 @@
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,33 +11,15 @@ from bench import site_case
 from fastsae.dashboard import data, site
 from fastsae.dashboard.facts import Facts
 from tests import browser_case
-from tests.browser_case import F, Reader, needs_chromium, reading
+from tests.browser_case import F, Reader, needs_chromium
 
-pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'fastsae[dev]'")
 pytestmark = needs_chromium
 PAGES = ("#/", "#/features", "#/feature/7", "#/feature/49", "#/compare", "#/live", "#/feature/99999", "#/nowhere")
 
 
 @pytest.fixture(scope="module")
-def facts() -> Facts:
-    return browser_case.facts()
-
-
-@pytest.fixture(scope="module")
-def report(facts: Facts, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("report with a space")
-    site.write_site(out, facts, show_progress=False)
-    return out
-
-
-@pytest.fixture(scope="module")
 def served(report: Path) -> Iterator[str]:
     yield from browser_case.plainly_served(report)
-
-
-@pytest.fixture
-def reader(browser: Any, report: Path) -> Iterator[Reader]:
-    yield from reading(browser, (report / "index.html").as_uri())
 
 
 @pytest.mark.parametrize("from_disk", [True, False], ids=["disk", "server"])

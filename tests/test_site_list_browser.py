@@ -1,35 +1,13 @@
 """The list of features in Chromium: searched, sorted, walked through by keys, come back to."""
 
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 
-from fastsae.dashboard import data, site
+from fastsae.dashboard import data
 from fastsae.dashboard.facts import Facts
-from tests import browser_case
-from tests.browser_case import F, Reader, needs_chromium, reading
+from tests.browser_case import F, Reader, needs_chromium
 
-pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'fastsae[dev]'")
 pytestmark = needs_chromium
-
-
-@pytest.fixture(scope="module")
-def facts() -> Facts:
-    return browser_case.facts()
-
-
-@pytest.fixture(scope="module")
-def report(facts: Facts, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("report with a space")
-    site.write_site(out, facts, show_progress=False)
-    return out
-
-
-@pytest.fixture
-def reader(browser: Any, report: Path) -> Iterator[Reader]:
-    yield from reading(browser, (report / "index.html").as_uri())
 
 
 def test_search_sort_and_open(reader: Reader, facts: Facts):

@@ -152,11 +152,7 @@ def analyze(
     shown = [row["feature"] for row in (*rows, *asked)]
     pages = Pages(sae, hook, cards, run.text.bytes_of, config.seed, show_progress)
     results = {
-        "hook": hook,
-        "d_in": sae.cfg.d_in,
-        "d_sae": sae.cfg.d_sae,
-        "tokens": cards.tokens(),
-        "documents": cards.documents(),
+        **pages.sizes(),
         "quality": run.quality() if quality is None else quality,
         "categories": rows,
         "left_out": left_out(cards),

@@ -37,6 +37,13 @@ class Pages:
     seed: int = 0
     show_progress: bool = True
 
+    def sizes(self) -> dict[str, Any]:
+        """What the results of every report begin with."""
+        return {
+            "hook": self.hook, "d_in": self.sae.cfg.d_in, "d_sae": self.sae.cfg.d_sae,
+            "tokens": self.cards.tokens(), "documents": self.cards.documents(),
+        }  # fmt: skip
+
     def drawn(self, first: Sequence[int], up_to: int) -> list[int]:
         """The features `first`, then others that fire often, at random, up to so many in all."""
         others = live_features(self.cards.survey, self.sae.cfg.d_sae, self.seed)

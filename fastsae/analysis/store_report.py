@@ -73,11 +73,7 @@ def analyze_store(
     pages = Pages(sae, hook, cards, bytes_of, config.seed, show_progress)
     chosen = chosen_features(cards)
     results = {
-        "hook": hook,
-        "d_in": sae.cfg.d_in,
-        "d_sae": sae.cfg.d_sae,
-        "tokens": cards.tokens(),
-        "documents": cards.documents(),
+        **pages.sizes(),
         "of_store": True,
         "quality": {},
         "categories": [_row(cards, p, feature) for p, feature in chosen.items()],
