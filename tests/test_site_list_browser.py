@@ -1,6 +1,5 @@
 """The list of features in Chromium: searched, sorted, walked through by keys, come back to."""
 
-
 import pytest
 
 from fastsae.dashboard import data
